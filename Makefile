@@ -1,0 +1,83 @@
+# Every target works in .venv, which it makes when it is missing. `make demo` and `make test` are all
+# a newcomer needs; PYTHON=python3.12 chooses another interpreter for a new .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet
+PYTEST_ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
+
+NATIVE := $(wildcard kvcodec/native/*.cpp kvcodec/native/*.h) kvcodec/native/CMakeLists.txt
+SGLANG_ENV := tools/install_sglang.sh $(shell find tools/sglang_cpu -type f -not -path '*/__pycache__/*' 2>/dev/null)
+
+# A stamp is younger than what it was made from: a second run does nothing.
+SYSTEM := $(VENV)/stamp-system
+PYTHON_ENV := $(VENV)/stamp-python
+INSTALLED := $(VENV)/stamp-installed
+SGLANG := $(VENV)/stamp-sglang
+
+.PHONY: help setup sglang demo test check lint types pytest dist clean distclean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED)  ## make .venv, build libkvcodec, install kvcodec and the development tools
+
+sglang: $(SGLANG)  ## setup, and SGLang for a machine without a GPU
+
+demo: $(SGLANG)  ## SGLang on this CPU backs pages up through kvcodec and prefetches them again
+	$(BIN)/python tools/demo.py
+
+test: $(SGLANG) lint types  ## everything CI checks: lint, types, import contracts, tests
+	$(BIN)/pytest -q $(PYTEST_ARGS)
+
+check:  ## what CI runs: make demo, then make test
+	.ci/run
+
+lint: $(INSTALLED)  ## ruff
+	$(BIN)/ruff check --quiet .
+
+types: $(INSTALLED)  ## mypy, strict, on the four packages
+	$(BIN)/mypy
+
+pytest: $(INSTALLED)  ## the tests alone; PYTEST_ARGS="-k layout"
+	$(BIN)/pytest -q $(PYTEST_ARGS)
+
+dist: $(INSTALLED)  ## sdist and wheel in dist/
+	$(BIN)/python -m build --no-isolation
+
+clean:  ## remove what was built, keep .venv
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf kvcodec/native/CMakeFiles kvcodec/native/.cmake
+	cd kvcodec/native && rm -f libkvcodec.so CMakeCache.txt CMakeInit.txt cmake_install.cmake \
+	  compile_commands.json build.ninja .ninja_deps .ninja_log .skbuild-info.json
+	rm -f $(INSTALLED)
+
+distclean: clean  ## and .venv
+	rm -rf $(VENV)
+
+$(SYSTEM): tools/system_packages.sh
+	tools/system_packages.sh
+	mkdir -p $(VENV)
+	touch $@
+
+$(PYTHON_ENV): $(SYSTEM)
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# Without build isolation CMake and Ninja are those of .venv, so that the build folder of the
+# editable install stays valid and a changed source file alone is compiled again.
+$(INSTALLED): $(PYTHON_ENV) pyproject.toml constraints-dev.txt $(NATIVE)
+	$(PIP_INSTALL) --constraint constraints-dev.txt cmake ninja scikit-build-core
+	$(PIP_INSTALL) --constraint constraints-dev.txt --no-build-isolation --editable '.[dev]'
+	touch $@
+
+# SGLang's own pins need not be tried again because a C++ file changed: order only.
+$(SGLANG): $(SGLANG_ENV) | $(INSTALLED)
+	tools/install_sglang.sh $(BIN)/python
+	$(PIP_INSTALL) --no-deps tools/sglang_cpu
+	touch $@
