@@ -1,0 +1,490 @@
+"""Bytes <-> header. The only module that knows an offset; what the bytes mean is in proto/FORMAT.md."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NoReturn
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from kvcodec.errors import ConfigError, CorruptPage, MismatchedPage, QualityBelowMinimum, UnsupportedPage
+from kvcodec.identity import MAX_IDENTITY_BYTES, MAX_KEY_BYTES, Identity, Namespace, encode_key, layout_record
+from kvcodec.layout import (
+    MAX_LAYER_COUNT,
+    MAX_SECTION_BYTES,
+    MAX_STREAM_COUNT,
+    DType,
+    PageLayout,
+    Role,
+    Stream,
+)
+from kvcodec.spec import RAW, Axis, Kind, SectionCodec
+
+__all__ = [
+    "MAGIC",
+    "MAX_EXTENSION_BYTES",
+    "MAX_HEADER_BYTES",
+    "EncodedPage",
+    "Extension",
+    "PageHeader",
+    "PagePlan",
+    "pad64",
+    "parameter_bytes",
+    "section_stored_bytes",
+]
+
+MAGIC = b"\x89KVC\r\n\x1a\n"
+MAJOR = 1
+MINOR = 0
+MAX_HEADER_BYTES = 1 << 18
+MAX_EXTENSION_BYTES = 65536
+CHECKSUM_BYTES = 8
+
+_FIXED = struct.Struct("<8sHHIQII12sIHHI8s")
+_STREAM = struct.Struct("<B3sIII")
+_EXTENSION = struct.Struct("<HHI")
+_SECTION = np.dtype(
+    [
+        ("kind", "u1"),
+        ("bits", "u1"),
+        ("options", "u1"),
+        ("table", "u1"),
+        ("group_size", "<u4"),
+        ("stored_bytes", "<u4"),
+        ("side_bytes", "<u4"),
+        ("checksum", "<u8"),
+    ]
+)
+assert _FIXED.size == 64 and _STREAM.size == 16 and _SECTION.itemsize == 24
+
+_ASYMMETRIC = 1
+_CHANNEL = 2
+
+
+def pad64(size: int) -> int:
+    """`size` rounded up to a multiple of 64."""
+    return -(-size // 64) * 64
+
+
+def parameter_bytes(dtype: DType, stream: Stream, token_count: int, codec: SectionCodec) -> int:
+    """Bytes of a section's parameters, without padding. `codec` must be resolved."""
+    if codec.kind is Kind.RAW:
+        return 0
+    if codec.axis is Axis.CHANNEL:
+        groups = stream.head_count * -(-token_count // codec.group_size) * stream.head_size
+    else:
+        groups = stream.head_count * token_count * -(-stream.head_size // codec.group_size)
+    return groups * (4 if codec.asymmetric else 2)
+
+
+def section_stored_bytes(dtype: DType, stream: Stream, token_count: int, codec: SectionCodec) -> int:
+    """Exact bytes of a section, without its padding. `codec` must be resolved."""
+    rows = stream.head_count * token_count
+    if codec.kind is Kind.RAW:
+        return rows * stream.head_size * dtype.itemsize
+    if codec.axis is Axis.CHANNEL:
+        words = -(-token_count * codec.bits // 32)
+        codes = stream.head_count * words * stream.head_size * 4
+    else:
+        blocks, rest = divmod(stream.head_size, 64)
+        codes = rows * (blocks * 8 * codec.bits + -(-rest * codec.bits // 8))
+    return pad64(parameter_bytes(dtype, stream, token_count, codec)) + codes
+
+
+@dataclass(frozen=True, slots=True)
+class Extension:
+    """One extension record of a header."""
+
+    type: int
+    data: bytes
+    critical: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageHeader:
+    """What a page says about itself."""
+
+    identity: Identity
+    key: str
+    layout: PageLayout
+    codecs: tuple[SectionCodec, ...]
+    stored_bytes: tuple[int, ...]
+    checksums: tuple[int, ...]
+    extensions: tuple[Extension, ...]
+    minor: int
+    header_bytes: int
+    page_bytes: int
+
+    @property
+    def namespace(self) -> Namespace:
+        """Where the page belongs."""
+        return Namespace(self.identity, self.layout)
+
+    @property
+    def section_offsets(self) -> tuple[int, ...]:
+        """Where each section starts."""
+        sizes = [pad64(size) for size in self.stored_bytes]
+        return tuple(self.header_bytes + sum(sizes[:index]) for index in range(len(sizes)))
+
+    @property
+    def minimum_bits(self) -> int:
+        """Bits per element of the coarsest section; a raw section counts its element's bits."""
+        raw_bits = 8 * self.layout.dtype.itemsize
+        return min(codec.bits if codec.kind is Kind.INT else raw_bits for codec in self.codecs)
+
+    def expect(self, namespace: Namespace, key: str, *, minimum_bits: int = 0) -> None:
+        """Raise `MismatchedPage`, naming the field, unless this is the page of `key` in `namespace`."""
+        layout, wanted = self.layout, namespace.layout
+        for name in ("dtype", "token_count", "layer_start", "layer_count", "streams"):
+            _same(name, getattr(layout, name), getattr(wanted, name))
+        found, expected = self.identity.as_dict(), namespace.identity.as_dict()
+        for name in sorted(set(found) | set(expected)):
+            _same(name if name in expected else "identity", found.get(name), expected.get(name))
+        _same("key", self.key, key)
+        if self.minimum_bits < minimum_bits:
+            raise QualityBelowMinimum(self.minimum_bits, minimum_bits)
+
+
+def _same(what: str, found: object, expected: object) -> None:
+    if found != expected:
+        raise MismatchedPage(what, found, expected)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PagePlan:
+    """Where everything lies in the pages of one namespace, codec and key length.
+
+    `header` is a finished header but for the key, the section checksums and the header checksum, which are zero.
+    """
+
+    layout: PageLayout
+    codecs: tuple[SectionCodec, ...]
+    header: bytes
+    key_offset: int
+    key_bytes: int
+    stored_bytes: npt.NDArray[np.uint64]
+    section_offsets: npt.NDArray[np.uint64]
+    checksum_offsets: npt.NDArray[np.uint64]
+    page_bytes: int
+
+    @classmethod
+    def build(
+        cls,
+        namespace: Namespace,
+        codecs: Sequence[SectionCodec],
+        key_bytes: int,
+        extensions: Sequence[Extension] = (),
+    ) -> PagePlan:
+        """Plan pages to be written. `codecs` holds one codec per section; raises `ConfigError` beyond a limit."""
+        layout = namespace.layout
+        if len(codecs) != layout.section_count:
+            raise ConfigError(f"{len(codecs)} codecs for {layout.section_count} sections")
+        if not 1 <= key_bytes <= MAX_KEY_BYTES:
+            raise ConfigError(f"a page key of {key_bytes} bytes; allowed is 1 to {MAX_KEY_BYTES}")
+        streams = layout.streams * layout.layer_count
+        resolved = tuple(
+            codec.resolved(stream.head_size, layout.token_count)
+            for codec, stream in zip(codecs, streams, strict=True)
+        )
+        rows = [_section_row(layout, stream, codec) for codec, stream in zip(resolved, streams, strict=True)]
+        return cls._assemble(namespace, resolved, np.array(rows, _SECTION), key_bytes, tuple(extensions))
+
+    @classmethod
+    def _assemble(
+        cls,
+        namespace: Namespace,
+        codecs: tuple[SectionCodec, ...],
+        table: npt.NDArray[np.void],
+        key_bytes: int,
+        extensions: tuple[Extension, ...],
+    ) -> PagePlan:
+        fixed, streams = layout_record(namespace.layout)
+        identity = namespace.identity.record
+        extension_record = _extension_record(extensions)
+        table_offset = _FIXED.size + len(streams)
+        key_offset = table_offset + table.nbytes + len(identity)
+        end = key_offset + key_bytes + len(extension_record) + CHECKSUM_BYTES
+        header_bytes = pad64(end)
+        if header_bytes > MAX_HEADER_BYTES:
+            raise ConfigError(f"the header would take {header_bytes} bytes, allowed is {MAX_HEADER_BYTES}")
+        stored = table["stored_bytes"].astype(np.uint64)
+        padded = (stored + np.uint64(63)) & ~np.uint64(63)
+        offsets = np.uint64(header_bytes) + np.concatenate([[np.uint64(0)], np.cumsum(padded)]).astype(np.uint64)
+        page_bytes = int(offsets[-1])
+        start = _FIXED.pack(
+            MAGIC,
+            MAJOR,
+            MINOR,
+            header_bytes,
+            page_bytes,
+            0,
+            0,
+            fixed,
+            len(table),
+            len(identity),
+            key_bytes,
+            len(extension_record),
+            bytes(8),
+        )
+        body = start + streams + table.tobytes() + identity + bytes(key_bytes) + extension_record
+        return cls(
+            layout=namespace.layout,
+            codecs=codecs,
+            header=body.ljust(header_bytes, b"\0"),
+            key_offset=key_offset,
+            key_bytes=key_bytes,
+            stored_bytes=stored,
+            section_offsets=offsets[:-1],
+            checksum_offsets=_checksum_offsets(table_offset, len(table)),
+            page_bytes=page_bytes,
+        )
+
+    @classmethod
+    def of_page(cls, header: PageHeader, data: memoryview) -> PagePlan:
+        """The plan under which a stored page was written; `data` starts with its (verified) header."""
+        raw = bytearray(data[: header.header_bytes])
+        fixed = _FIXED.unpack_from(raw)
+        streams_bytes = len(header.layout.streams) * _STREAM.size
+        table_offset = _FIXED.size + streams_bytes
+        key_offset = table_offset + len(header.codecs) * _SECTION.itemsize + fixed[9]
+        key_bytes = fixed[10]
+        checksum_offsets = _checksum_offsets(table_offset, len(header.codecs))
+        for offset in [*checksum_offsets.tolist(), header.header_bytes - CHECKSUM_BYTES]:
+            raw[offset : offset + CHECKSUM_BYTES] = bytes(CHECKSUM_BYTES)
+        raw[key_offset : key_offset + key_bytes] = bytes(key_bytes)
+        return cls(
+            layout=header.layout,
+            codecs=header.codecs,
+            header=bytes(raw),
+            key_offset=key_offset,
+            key_bytes=key_bytes,
+            stored_bytes=np.array(header.stored_bytes, np.uint64),
+            section_offsets=np.array(header.section_offsets, np.uint64),
+            checksum_offsets=checksum_offsets,
+            page_bytes=header.page_bytes,
+        )
+
+    def finished_header(self, key: str, checksums: Sequence[int]) -> bytes:
+        """The header of one page, given the checksums of its sections."""
+        raw = bytearray(self.header)
+        raw[self.key_offset : self.key_offset + self.key_bytes] = encode_key(key)
+        for offset, checksum in zip(self.checksum_offsets.tolist(), checksums, strict=True):
+            struct.pack_into("<Q", raw, offset, checksum)
+        struct.pack_into("<Q", raw, len(raw) - CHECKSUM_BYTES, xxhash.xxh3_64_intdigest(raw[:-CHECKSUM_BYTES]))
+        return bytes(raw)
+
+
+def _checksum_offsets(table_offset: int, section_count: int) -> npt.NDArray[np.uint64]:
+    first = table_offset + _SECTION.fields["checksum"][1]  # type: ignore[index]
+    return (first + np.arange(section_count) * _SECTION.itemsize).astype(np.uint64)
+
+
+def _section_row(layout: PageLayout, stream: Stream, codec: SectionCodec) -> tuple[int, ...]:
+    if codec.kind is Kind.INT and not layout.dtype.is_quantizable:
+        raise ConfigError(f"{layout.dtype.text} pages are stored raw; {codec.text} cannot be applied")
+    stored = section_stored_bytes(layout.dtype, stream, layout.token_count, codec)
+    if stored > MAX_SECTION_BYTES:
+        raise ConfigError(f"a section would take {stored} bytes, allowed is {MAX_SECTION_BYTES}")
+    if codec.kind is Kind.RAW:
+        return (Kind.RAW, 8 * layout.dtype.itemsize, 0, 0, 0, stored, 0, 0)
+    options = _ASYMMETRIC * codec.asymmetric | _CHANNEL * (codec.axis is Axis.CHANNEL)
+    return (Kind.INT, codec.bits, options, 0, codec.group_size, stored, 0, 0)
+
+
+def _extension_record(extensions: Sequence[Extension]) -> bytes:
+    types = [extension.type for extension in extensions]
+    if types != sorted(set(types)):
+        raise ConfigError(f"extension types {types} are not ascending and unique")
+    record = b"".join(
+        _EXTENSION.pack(e.type, int(e.critical), len(e.data)) + e.data + bytes(-len(e.data) % 8) for e in extensions
+    )
+    if len(record) > MAX_EXTENSION_BYTES:
+        raise ConfigError(f"the extensions take {len(record)} bytes, allowed is {MAX_EXTENSION_BYTES}")
+    return record
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPage:
+    """A page as stored: its verified header and all its bytes. Sections are verified when they are used."""
+
+    header: PageHeader
+    data: memoryview
+
+    @classmethod
+    def parse(cls, data: bytes | bytearray | memoryview) -> EncodedPage:
+        """Read and verify the header of a stored page.
+
+        Raises `CorruptPage` for bytes that break the format and `UnsupportedPage` for a page of a newer version. The cost
+        and the memory are bounded by the header's limits, whatever the bytes say.
+        """
+        view = memoryview(data).cast("B")
+        return cls(_parse_header(view), view)
+
+    def section(self, index: int) -> memoryview:
+        """The stored bytes of a section with its padding. Raises `CorruptPage` if they are damaged."""
+        offset = self.header.section_offsets[index]
+        stored = self.header.stored_bytes[index]
+        padded = self.data[offset : offset + pad64(stored)]
+        if xxhash.xxh3_64_intdigest(padded) != self.header.checksums[index]:
+            _corrupt("section_checksum", f"section {index} does not have its checksum")
+        if any(padded[stored:]):
+            _corrupt("padding", f"the padding of section {index} is not zero")
+        return padded
+
+    def verify(self) -> None:
+        """Verify every section. Raises `CorruptPage` at the first damaged one."""
+        for index in range(len(self.header.codecs)):
+            self.section(index)
+
+
+def _corrupt(what: str, message: str) -> NoReturn:
+    raise CorruptPage(what, message)
+
+
+def _parse_header(view: memoryview) -> PageHeader:
+    if len(view) < 128:
+        _corrupt("length", f"{len(view)} bytes are too few for a page")
+    fixed = _FIXED.unpack_from(view)
+    magic, major, minor, header_bytes, page_bytes, required, _unused = fixed[:7]
+    layout_bytes, section_count, identity_bytes, key_bytes, extension_bytes, reserved = fixed[7:]
+    if magic != MAGIC:
+        _corrupt("magic", "the object does not start like a page")
+    if major != MAJOR:
+        raise UnsupportedPage("version", major, MAJOR)
+    if header_bytes % 64 or not 128 <= header_bytes <= MAX_HEADER_BYTES:
+        _corrupt("header_bytes", f"header_bytes is {header_bytes}; allowed are multiples of 64 to {MAX_HEADER_BYTES}")
+    if page_bytes != len(view):
+        _corrupt("length", f"the page says {page_bytes} bytes, the object has {len(view)}")
+    if header_bytes > page_bytes:
+        _corrupt("header_bytes", f"a header of {header_bytes} bytes in a page of {page_bytes}")
+    header = bytes(view[:header_bytes])
+    (checksum,) = struct.unpack_from("<Q", header, header_bytes - CHECKSUM_BYTES)
+    if xxhash.xxh3_64_intdigest(header[:-CHECKSUM_BYTES]) != checksum:
+        _corrupt("header_checksum", "the header does not have its checksum")
+    if required:
+        raise UnsupportedPage("required_flags", hex(required), "none")
+    if any(reserved):
+        _corrupt("reserved", "reserved bytes of the header are not zero")
+    layout = _parse_layout(header, layout_bytes, section_count)
+    table_offset = _FIXED.size + len(layout.streams) * _STREAM.size
+    identity_offset = table_offset + section_count * _SECTION.itemsize
+    key_offset = identity_offset + identity_bytes
+    extension_offset = key_offset + key_bytes
+    end = extension_offset + extension_bytes
+    if pad64(end + CHECKSUM_BYTES) != header_bytes or any(header[end:-CHECKSUM_BYTES]):
+        _corrupt("header_bytes", f"the parts of the header end at {end}, which does not fit its {header_bytes} bytes")
+    if identity_bytes > MAX_IDENTITY_BYTES or not 1 <= key_bytes <= MAX_KEY_BYTES:
+        _corrupt("limits", f"an identity of {identity_bytes} or a key of {key_bytes} bytes")
+    table = np.frombuffer(header, _SECTION, section_count, table_offset)
+    codecs = _parse_table(layout, table, header_bytes, page_bytes)
+    try:
+        key = header[key_offset:extension_offset].decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CorruptPage("key", f"the key is not UTF-8: {error}") from error
+    return PageHeader(
+        identity=Identity.parse(header[identity_offset:key_offset]),
+        key=key,
+        layout=layout,
+        codecs=codecs,
+        stored_bytes=tuple(table["stored_bytes"].tolist()),
+        checksums=tuple(table["checksum"].tolist()),
+        extensions=_parse_extensions(header[extension_offset:end]),
+        minor=minor,
+        header_bytes=header_bytes,
+        page_bytes=page_bytes,
+    )
+
+
+def _parse_layout(header: bytes, record: bytes, section_count: int) -> PageLayout:
+    dtype, stream_count, layer_count, layer_start, token_count = struct.unpack("<BBHII", record)
+    if not 1 <= stream_count <= MAX_STREAM_COUNT or not 1 <= layer_count <= MAX_LAYER_COUNT:
+        _corrupt("limits", f"{stream_count} streams, {layer_count} layers")
+    table_offset = _FIXED.size + stream_count * _STREAM.size
+    if section_count != layer_count * stream_count:
+        _corrupt("section_count", f"{section_count} sections for {layer_count} layers of {stream_count} streams")
+    if table_offset + section_count * _SECTION.itemsize > len(header):
+        _corrupt("header_bytes", f"{section_count} sections do not fit a header of {len(header)} bytes")
+    streams = []
+    try:
+        for index in range(stream_count):
+            role, zero, heads, size, start = _STREAM.unpack_from(header, _FIXED.size + index * _STREAM.size)
+            if any(zero):
+                _corrupt("reserved", f"reserved bytes of stream {index} are not zero")
+            streams.append(Stream(Role(role), heads, size, start))
+        return PageLayout(
+            dtype=DType(dtype),
+            token_count=token_count,
+            layer_count=layer_count,
+            layer_start=layer_start,
+            streams=tuple(streams),
+        )
+    except ValueError as error:
+        raise CorruptPage("layout", f"impossible layout: {error}") from error
+
+
+def _parse_table(
+    layout: PageLayout, table: npt.NDArray[np.void], header_bytes: int, page_bytes: int
+) -> tuple[SectionCodec, ...]:
+    """The codecs of all sections. Equal rows are checked once, so the cost follows the number of distinct codecs."""
+    if (table["table"] != 0).any() or (table["side_bytes"] != 0).any():
+        raise UnsupportedPage("section", "a coding table or side information", "none")
+    codecs: list[SectionCodec] = [RAW] * len(table)
+    for index, stream in enumerate(layout.streams):
+        rows = table[index :: len(layout.streams)]
+        settings = rows[["kind", "bits", "options", "group_size", "stored_bytes"]].tolist()
+        known = {row: _row_codec(layout, stream, *row) for row in set(settings)}
+        codecs[index :: len(layout.streams)] = [known[row] for row in settings]
+    total = header_bytes + sum(pad64(size) for size in table["stored_bytes"].tolist())
+    if total != page_bytes:
+        _corrupt("length", f"header and sections take {total} bytes, the page says {page_bytes}")
+    return tuple(codecs)
+
+
+@lru_cache(maxsize=256)
+def _row_codec(
+    layout: PageLayout, stream: Stream, kind: int, bits: int, options: int, group_size: int, stored_bytes: int
+) -> SectionCodec:
+    if kind not in (Kind.RAW, Kind.INT):
+        raise UnsupportedPage("section_kind", kind, "0 (raw), 1 (int)")
+    if kind == Kind.RAW:
+        codec = RAW
+    else:
+        axis = Axis.CHANNEL if options & _CHANNEL else Axis.TOKEN
+        length = layout.token_count if axis is Axis.CHANNEL else stream.head_size
+        if bits not in (2, 4, 8) or not 1 <= group_size <= length:
+            _corrupt("section", f"int section with {bits} bits and groups of {group_size} along {length}")
+        codec = SectionCodec.integer(
+            bits, asymmetric=bool(options & _ASYMMETRIC), axis=axis, group_size=group_size
+        )
+    try:
+        row = _section_row(layout, stream, codec)
+    except ConfigError as error:
+        raise CorruptPage("section", str(error)) from error
+    if (row[1], row[2], row[4], row[5]) != (bits, options, group_size, stored_bytes):
+        _corrupt("section", f"a section entry says {bits} bits, options {options:#x}, {stored_bytes} bytes; wanted {row}")
+    return codec
+
+
+def _parse_extensions(record: bytes) -> tuple[Extension, ...]:
+    if len(record) > MAX_EXTENSION_BYTES or len(record) % 8:
+        _corrupt("extensions", f"extensions of {len(record)} bytes")
+    extensions: list[Extension] = []
+    at = 0
+    while at < len(record):
+        kind, flags, size = _EXTENSION.unpack_from(record, at)
+        end = at + _EXTENSION.size + size
+        padded = -(-end // 8) * 8
+        if padded > len(record) or any(record[end:padded]):
+            _corrupt("extensions", "an extension runs past the end or has padding that is not zero")
+        if flags & ~1 or (extensions and kind <= extensions[-1].type):
+            _corrupt("extensions", f"extension {kind} has reserved flags or is out of order")
+        if flags & 1:
+            raise UnsupportedPage("extension", kind, "none that is critical")
+        extensions.append(Extension(kind, record[at + _EXTENSION.size : end]))
+        at = padded
+    return tuple(extensions)

@@ -1,0 +1,212 @@
+"""The codec in plain numpy, laid out like section 3 of proto/FORMAT.md: slow, and the oracle of the tests.
+
+Rows are arrays of element *bits* of shape (heads, tokens, head_size): uint16 for bf16 and fp16, uint32 for fp32, uint8
+for everything else.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcodec.format import pad64, parameter_bytes, section_stored_bytes
+from kvcodec.layout import DType, Role, Stream
+from kvcodec.spec import Axis, Kind, SectionCodec
+
+__all__ = ["decode_section", "encode_section", "from_float32", "to_float32"]
+
+Bits = npt.NDArray[np.unsignedinteger]
+Float32 = npt.NDArray[np.float32]
+
+_BITS = {DType.BF16: np.uint16, DType.FP16: np.uint16, DType.FP32: np.uint32}
+_LARGEST = {DType.BF16: 0x7F7F0000, DType.FP16: 0x477FE000, DType.FP32: 0x7F7FFFFF}
+_NAN = {DType.BF16: 0x7FC0, DType.FP16: 0x7E00, DType.FP32: 0x7FC00000}
+_NAN_SCALE = 0x7FC0
+_DOMAIN = np.float32(2.0**127)
+_SMALLEST_SCALE = np.float32(2.0**-126)
+
+
+def to_float32(bits: Bits, dtype: DType) -> Float32:
+    """Element bits as numbers, exactly."""
+    if dtype is DType.BF16:
+        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if dtype is DType.FP16:
+        return bits.astype(np.uint16).view(np.float16).astype(np.float32)
+    return bits.astype(np.uint32).view(np.float32)
+
+
+def from_float32(values: Float32, dtype: DType) -> Bits:
+    """Clamp and round as in 3.3."""
+    largest = np.uint32(_LARGEST[dtype]).view(np.float32)
+    nan = np.isnan(values)
+    clamped = np.clip(np.where(nan, np.float32(0), values), -largest, largest).astype(np.float32)
+    bits: Bits
+    if dtype is DType.BF16:
+        bits = ((clamped.view(np.uint32) + np.uint32(0x8000)) >> np.uint32(16)).astype(np.uint16)
+    elif dtype is DType.FP16:
+        bits = clamped.astype(np.float16).view(np.uint16)
+    else:
+        bits = clamped.view(np.uint32).copy()
+    bits[nan] = _NAN[dtype]
+    return bits
+
+
+def _ceil16(x: Float32) -> npt.NDArray[np.uint16]:
+    return ((x.view(np.uint32) + np.uint32(0xFFFF)) >> np.uint32(16)).astype(np.uint16)
+
+
+def _ordered(values: Float32) -> npt.NDArray[np.int32]:
+    """Integers in the order of the numbers, -0 below +0."""
+    bits = values.view(np.int32)
+    return np.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits).astype(np.int32)
+
+
+def _smallest(groups: Float32) -> Float32:
+    keys = _ordered(groups).min(axis=-1)
+    return np.where(keys < 0, keys ^ np.int32(0x7FFFFFFF), keys).astype(np.int32).view(np.float32)
+
+
+def _encode_groups(groups: Float32, dtype: DType, codec: SectionCodec) -> tuple[Bits, Bits, npt.NDArray[np.bool_]]:
+    """3.4 for groups along the last axis: parameters, codes, and which groups lie outside the domain."""
+    bits = codec.bits
+    with np.errstate(all="ignore"):
+        outside = ~(np.abs(groups) < _DOMAIN).all(axis=-1)
+        groups = np.where(outside[..., None], np.float32(0), groups)
+        if codec.asymmetric:
+            zero = _smallest(groups)
+            if dtype is DType.FP32:  # round down to bf16
+                raw = zero.view(np.uint32)
+                away = np.where((raw >> 31) & ((raw & 0xFFFF) != 0), np.uint32(0x10000), np.uint32(0))
+                zero = ((raw & np.uint32(0xFFFF0000)) + away).astype(np.uint32).view(np.float32)
+            span = groups.max(axis=-1) - zero
+            factor = np.float32(1.0 / (2**bits - 1))
+        else:
+            zero = np.zeros(groups.shape[:-1], np.float32)
+            span = np.abs(groups).max(axis=-1)
+            factor = np.float32(1.0 / (2 ** (bits - 1) - 0.5 - 2.0**-10))
+        scale = _ceil16(np.maximum(span * factor, _SMALLEST_SCALE))
+        scale = np.where(span > 0, scale, np.uint16(0)).astype(np.uint16)
+        value = (scale.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        inverse = np.where(scale > 0, np.float32(1) / value, np.float32(0)).astype(np.float32)
+        distance = groups - zero[..., None]
+        codes = np.rint(distance.astype(np.float64) * inverse[..., None].astype(np.float64)).astype(np.int64)
+    if not codec.asymmetric:
+        codes += 1 << (bits - 1)
+    assert ((codes >= 0) & (codes < 1 << bits)).all()
+    codes[outside] = 0
+    scale = np.where(outside, np.uint16(_NAN_SCALE), scale).astype(np.uint16)
+    if not codec.asymmetric:
+        return scale, codes.astype(np.uint32), outside
+    zero_bits = from_float32(zero, DType.FP16 if dtype is DType.FP16 else DType.BF16)
+    zero_bits = np.where(outside, np.uint16(0), zero_bits)
+    return (scale.astype(np.uint32) << np.uint32(16)) | zero_bits, codes.astype(np.uint32), outside
+
+
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def encode_section(rows: Bits, dtype: DType, codec: SectionCodec) -> tuple[bytes, int]:
+    """The stored bytes of a section without padding, and how many of its groups lie outside the domain."""
+    heads, tokens, size = rows.shape
+    codec = codec.resolved(size, tokens)
+    if codec.kind is Kind.RAW:
+        return np.ascontiguousarray(rows).tobytes(), 0
+    values = to_float32(rows, dtype)
+    channel = codec.axis is Axis.CHANNEL
+    if channel:  # groups along the last axis: (heads, channels, tokens)
+        values = np.ascontiguousarray(values.transpose(0, 2, 1))
+    parts = [
+        _encode_groups(np.ascontiguousarray(values[..., part]), dtype, codec)
+        for part in _slices(values.shape[-1], codec.group_size)
+    ]
+    parameters = np.stack([part[0] for part in parts], axis=1 if channel else -1)
+    codes = np.concatenate([part[1] for part in parts], axis=-1)
+    packed = _pack_channels(codes, codec.bits) if channel else _pack_rows(codes, codec.bits)
+    head = parameters.astype("<u4" if codec.asymmetric else "<u2").tobytes()
+    stored = head.ljust(pad64(len(head)), b"\0") + packed
+    assert len(stored) == section_stored_bytes(dtype, Stream(Role.KEY, heads, size), tokens, codec)
+    return stored, sum(int(part[2].sum()) for part in parts)
+
+
+def decode_section(stored: bytes, shape: tuple[int, int, int], dtype: DType, codec: SectionCodec) -> Bits:
+    """The rows (heads, tokens, head_size) of a section from its stored bytes."""
+    heads, tokens, size = shape
+    codec = codec.resolved(size, tokens)
+    if codec.kind is Kind.RAW:
+        bits_type = _BITS.get(dtype, np.uint8)
+        return np.frombuffer(stored, bits_type, heads * tokens * size).reshape(shape).copy()
+    count = parameter_bytes(dtype, Stream(Role.KEY, heads, size), tokens, codec)
+    packed = stored[pad64(count) :]
+    parameters = np.frombuffer(stored[:count], "<u4" if codec.asymmetric else "<u2").astype(np.uint32)
+    channel = codec.axis is Axis.CHANNEL
+    length = tokens if channel else size
+    groups = -(-length // codec.group_size)
+    index = np.arange(length) // codec.group_size
+    if channel:
+        codes = _unpack_channels(packed, shape, codec.bits)  # (heads, tokens, channels)
+        parameters = parameters.reshape(heads, groups, size)[:, index, :]
+    else:
+        codes = _unpack_rows(packed, shape, codec.bits)
+        parameters = parameters.reshape(heads, tokens, groups)[:, :, index]
+    if codec.asymmetric:
+        scale, zero = parameters >> 16, parameters & 0xFFFF
+        offset = to_float32(zero.astype(np.uint16), DType.FP16 if dtype is DType.FP16 else DType.BF16)
+    else:
+        scale, offset = parameters, np.zeros(parameters.shape, np.float32)
+        codes = codes - (1 << (codec.bits - 1))
+    step = (scale.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    with np.errstate(all="ignore"):
+        return from_float32((offset + step * codes.astype(np.float32)).astype(np.float32), dtype)
+
+
+def _pack_rows(codes: Bits, bits: int) -> bytes:
+    """Blocks of 64 elements; byte i of a block holds codes i, i+h, i+2h ..."""
+    per_byte = 8 // bits
+    blocks = []
+    for part in _slices(codes.shape[-1], 64):
+        block = codes[..., part]
+        height = -(-block.shape[-1] // per_byte)
+        padded = np.zeros((*block.shape[:-1], height * per_byte), np.uint32)
+        padded[..., : block.shape[-1]] = block
+        planes = padded.reshape(*block.shape[:-1], per_byte, height)
+        shifts = (np.arange(per_byte) * bits).astype(np.uint32)[:, None]
+        blocks.append((planes << shifts).sum(axis=-2).astype(np.uint8))
+    return np.concatenate(blocks, axis=-1).tobytes()
+
+
+def _unpack_rows(packed: bytes, shape: tuple[int, int, int], bits: int) -> npt.NDArray[np.int64]:
+    heads, tokens, size = shape
+    per_byte = 8 // bits
+    data = np.frombuffer(packed, np.uint8).reshape(heads, tokens, -1)
+    parts, at = [], 0
+    for part in _slices(size, 64):
+        count = part.stop - part.start
+        height = -(-count // per_byte)
+        block = data[..., at : at + height].astype(np.int64)
+        planes = [(block >> (bits * k)) & ((1 << bits) - 1) for k in range(per_byte)]
+        parts.append(np.concatenate(planes, axis=-1)[..., :count])
+        at += height
+    return np.concatenate(parts, axis=-1)
+
+
+def _pack_channels(codes: Bits, bits: int) -> bytes:
+    """`codes` is (heads, channels, tokens); a 32-bit word holds consecutive tokens of one channel."""
+    heads, channels, tokens = codes.shape
+    per_word = 32 // bits
+    words = -(-tokens // per_word)
+    padded = np.zeros((heads, channels, words * per_word), np.uint64)
+    padded[..., :tokens] = codes
+    shifts = (np.arange(per_word) * bits).astype(np.uint64)
+    packed = (padded.reshape(heads, channels, words, per_word) << shifts).sum(axis=-1)
+    return packed.transpose(0, 2, 1).astype("<u4").tobytes()
+
+
+def _unpack_channels(packed: bytes, shape: tuple[int, int, int], bits: int) -> npt.NDArray[np.int64]:
+    heads, tokens, channels = shape
+    per_word = 32 // bits
+    words = -(-tokens // per_word)
+    data = np.frombuffer(packed, "<u4").reshape(heads, words, channels).astype(np.int64)
+    token = np.arange(tokens)
+    shifts = (token % per_word * bits)[:, None]
+    return (data[:, token // per_word, :] >> shifts) & ((1 << bits) - 1)

@@ -1,0 +1,330 @@
+"""Which encoding each layer's keys and values get: a frozen value with a canonical text form."""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from kvcodec.errors import ConfigError
+from kvcodec.layout import PageLayout, Role
+
+__all__ = ["PRESETS", "SPEC_OPTIONS", "Axis", "CodecSpec", "Kind", "SectionCodec"]
+
+
+class Kind(enum.IntEnum):
+    """Kinds of section; the values are those of the page format."""
+
+    RAW = 0
+    INT = 1
+
+
+class Axis(enum.IntEnum):
+    """Along what a group of elements runs; the values are KVTuner's `axis_key` and `axis_value`."""
+
+    TOKEN = 0  #: elements of one token's row
+    CHANNEL = 1  #: tokens of one channel
+
+
+_CODEC_TEXT = re.compile(r"int([248])(-channel)?(-asym)?(?:-g([1-9]\d{0,8}))?")
+
+
+@dataclass(frozen=True, slots=True)
+class SectionCodec:
+    """How one stream of one layer is encoded.
+
+    `group_size` elements share a scale; -1 is the whole row (or, per channel, all tokens of the page). A group never leaves
+    its row or its page, so a larger number means the same as -1.
+    """
+
+    kind: Kind = Kind.RAW
+    bits: int = 0
+    asymmetric: bool = False
+    axis: Axis = Axis.TOKEN
+    group_size: int = -1
+
+    def __post_init__(self) -> None:
+        if self.kind is Kind.RAW:
+            if (self.bits, self.asymmetric, self.axis, self.group_size) != (0, False, Axis.TOKEN, -1):
+                raise ConfigError("a raw section has no bits, symmetry, axis or group")
+            return
+        if self.bits not in (2, 4, 8):
+            raise ConfigError(f"int codec with {self.bits} bits; allowed are 2, 4 and 8 (16 is raw)")
+        if self.group_size != -1 and not 1 <= self.group_size <= 999_999_999:
+            raise ConfigError(f"group size {self.group_size}; allowed is 1 and up, or -1 for the whole row")
+
+    @classmethod
+    def integer(
+        cls, bits: int, *, asymmetric: bool = False, axis: Axis = Axis.TOKEN, group_size: int = -1
+    ) -> SectionCodec:
+        """An int codec of 2, 4 or 8 bits."""
+        return cls(Kind.INT, bits, asymmetric, axis, group_size)
+
+    @classmethod
+    def parse(cls, text: str) -> SectionCodec:
+        """``raw``, ``int8-g128``, ``int4-asym-g64``, ``int4-channel-asym``: the inverse of `text`."""
+        if text == "raw":
+            return cls()
+        match = _CODEC_TEXT.fullmatch(text)
+        if match is None:
+            raise ConfigError(f"codec {text!r}; wanted raw or int{{2,4,8}}[-channel][-asym][-gN], such as int4-g64")
+        bits, channel, asym, group = match.groups()
+        return cls.integer(
+            int(bits),
+            asymmetric=asym is not None,
+            axis=Axis.CHANNEL if channel else Axis.TOKEN,
+            group_size=int(group) if group else -1,
+        )
+
+    @property
+    def text(self) -> str:
+        """Canonical name."""
+        if self.kind is Kind.RAW:
+            return "raw"
+        return (
+            f"int{self.bits}"
+            + ("-channel" if self.axis is Axis.CHANNEL else "")
+            + ("-asym" if self.asymmetric else "")
+            + (f"-g{self.group_size}" if self.group_size > 0 else "")
+        )
+
+    def resolved(self, head_size: int, token_count: int) -> SectionCodec:
+        """The same codec with the true number of elements in a group, as it stands in a page."""
+        if self.kind is Kind.RAW:
+            return self
+        length = token_count if self.axis is Axis.CHANNEL else head_size
+        return replace(self, group_size=length if self.group_size == -1 else min(self.group_size, length))
+
+
+RAW = SectionCodec()
+
+#: Name -> text. `g64`, symmetric and per token are KVTuner's defaults; 2 bits are asymmetric, because a symmetric
+#: 2-bit code has three levels; the channel presets are KIVI's: keys per channel, values per token.
+PRESETS: Mapping[str, str] = {
+    "raw": "key=raw value=raw",
+    "kv8": "key=int8-g64 value=int8-g64",
+    "kv4": "key=int4-g64 value=int4-g64",
+    "kv2": "key=int2-asym-g64 value=int2-asym-g64",
+    "k8v4": "key=int8-g64 value=int4-g64",
+    "k8v2": "key=int8-g64 value=int2-asym-g64",
+    "k4v2": "key=int4-g64 value=int2-asym-g64",
+    "kv8-asym": "key=int8-asym-g64 value=int8-asym-g64",
+    "kv4-asym": "key=int4-asym-g64 value=int4-asym-g64",
+    "kv8-channel": "key=int8-channel-asym-g64 value=int8-asym-g64",
+    "kv4-channel": "key=int4-channel-asym-g64 value=int4-asym-g64",
+    "kv2-channel": "key=int2-channel-asym-g32 value=int2-asym-g32",
+    "high_performance": "key=raw value=raw",
+    "balanced": "key=int8-g64 value=int4-g64",
+    "memory_optimized": "key=int4-g64 value=int4-g64",
+    "ultra_low_memory": "key=int2-asym-g64 value=int2-asym-g64",
+}
+
+#: The options `CodecSpec.from_options` understands; the names from `nbits_key` on are KVTuner's.
+SPEC_OPTIONS = frozenset(
+    {
+        "preset",
+        "spec",
+        "rope",
+        "nbits_key",
+        "nbits_value",
+        "asym",
+        "axis_key",
+        "axis_value",
+        "q_group_size",
+        "per_layer_config",
+        "per_layer_config_path",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodecSpec:
+    """The encoding of a whole page.
+
+    `layers` overrides keys and values of single layers (absolute index, key, value), ascending. An MLA latent takes whichever
+    of the key's and the value's codec has more bits, because it serves as both. `rope` is the codec of MLA's RoPE part; None means the
+    key's, but never below 8 bits. Element types that cannot be quantized (fp8, bytes) are stored raw.
+    """
+
+    key: SectionCodec = RAW
+    value: SectionCodec = RAW
+    rope: SectionCodec | None = None
+    layers: tuple[tuple[int, SectionCodec, SectionCodec], ...] = ()
+
+    def __post_init__(self) -> None:
+        indices = [layer for layer, _, _ in self.layers]
+        if indices != sorted(set(indices)) or any(index < 0 for index in indices):
+            raise ConfigError(f"layer indices {indices} are not ascending numbers from 0 on")
+
+    @classmethod
+    def parse(cls, text: str) -> CodecSpec:
+        """A preset's name, or the canonical text form (see `text`)."""
+        fields: dict[str, str] = {}
+        for word in PRESETS.get(text, text).split():
+            name, equals, value = word.partition("=")
+            if not equals or name in fields:
+                raise ConfigError(_unknown_spec(text))
+            fields[name] = value
+        layers = []
+        for name in [name for name in fields if name.startswith("layer.")]:
+            key, comma, value = fields.pop(name).partition(",")
+            if not comma or not name[6:].isdecimal():
+                raise ConfigError(_unknown_spec(text))
+            layers.append((int(name[6:]), SectionCodec.parse(key), SectionCodec.parse(value)))
+        rope = fields.pop("rope", None)
+        if set(fields) != {"key", "value"}:
+            raise ConfigError(_unknown_spec(text))
+        return cls(
+            key=SectionCodec.parse(fields["key"]),
+            value=SectionCodec.parse(fields["value"]),
+            rope=None if rope is None else SectionCodec.parse(rope),
+            layers=tuple(sorted(layers, key=lambda layer: layer[0])),
+        )
+
+    @property
+    def text(self) -> str:
+        """Canonical text: ``key=int4-g64 value=int4-g64 [rope=int8-g64] [layer.3=int8-g64,int4-g64 ...]``."""
+        words = [f"key={self.key.text}", f"value={self.value.text}"]
+        if self.rope is not None:
+            words.append(f"rope={self.rope.text}")
+        words += [f"layer.{layer}={key.text},{value.text}" for layer, key, value in self.layers]
+        return " ".join(words)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, object]) -> CodecSpec:
+        """A spec from user options: `preset` (default ``kv4``) or `spec` (text), then KVTuner's names on top.
+
+        Raises `ConfigError` for an unknown name, a value out of range, or two options that exclude each other.
+        """
+        unknown = sorted(set(options) - SPEC_OPTIONS)
+        if unknown:
+            raise ConfigError(f"unknown codec option {unknown[0]!r}; known are {', '.join(sorted(SPEC_OPTIONS))}")
+        if "spec" in options and "preset" in options:
+            raise ConfigError("give either 'preset' or 'spec', not both")
+        base = cls.parse(_text("spec" if "spec" in options else "preset", options, "kv4"))
+        if "rope" in options:
+            base = replace(base, rope=SectionCodec.parse(_text("rope", options, "")))
+        key = _override(base.key, "key", options)
+        value = _override(base.value, "value", options)
+        table = _layer_table(options)
+        layers = {layer: (k, v) for layer, k, v in base.layers}
+        for layer, entry in table.items():
+            layers[layer] = (
+                _with_bits(key, entry.get("nbits_key"), f"layer {layer}: nbits_key", options),
+                _with_bits(value, entry.get("nbits_value"), f"layer {layer}: nbits_value", options),
+            )
+        return replace(
+            base, key=key, value=value, layers=tuple((layer, *layers[layer]) for layer in sorted(layers))
+        )
+
+    def section_codecs(self, layout: PageLayout) -> tuple[SectionCodec, ...]:
+        """The resolved codec of every section of a page, in canonical order."""
+        overrides = {layer: (key, value) for layer, key, value in self.layers}
+        end = layout.layer_start + layout.layer_count
+        codecs = []
+        for layer in range(layout.layer_start, end):
+            key, value = overrides.get(layer, (self.key, self.value))
+            for stream in layout.streams:
+                codec = self._role_codec(stream.role, key, value) if layout.dtype.is_quantizable else RAW
+                codecs.append(codec.resolved(stream.head_size, layout.token_count))
+        return tuple(codecs)
+
+    def _role_codec(self, role: Role, key: SectionCodec, value: SectionCodec) -> SectionCodec:
+        if role is Role.KEY:
+            return key
+        if role is Role.VALUE:
+            return value
+        if role is Role.OPAQUE:
+            return RAW
+        if role is Role.LATENT:
+            return value if _quality_bits(value) > _quality_bits(key) else key
+        if self.rope is not None:
+            return self.rope
+        return key if _quality_bits(key) >= 8 else replace(key, bits=8)
+
+
+def _quality_bits(codec: SectionCodec) -> int:
+    return 16 if codec.kind is Kind.RAW else codec.bits
+
+
+def _unknown_spec(text: str) -> str:
+    return f"codec spec {text!r}; wanted a preset ({', '.join(PRESETS)}) or a text such as 'key=int8-g64 value=int4-g64'"
+
+
+def _text(name: str, options: Mapping[str, object], default: str) -> str:
+    value = options.get(name, default)
+    if not isinstance(value, str):
+        raise ConfigError(f"{name} is {value!r}, wanted a text")
+    return value
+
+
+def _integer(name: str, value: object, allowed: str, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(f"{name} is {value!r}, allowed is {allowed}")
+    return value
+
+
+def _override(codec: SectionCodec, which: str, options: Mapping[str, object]) -> SectionCodec:
+    """`codec` with KVTuner's options for keys or values laid over it."""
+    codec = _with_bits(codec, options.get(f"nbits_{which}"), f"nbits_{which}", options)
+    if codec.kind is Kind.RAW:
+        return codec
+    if "asym" in options:
+        if not isinstance(options["asym"], bool):
+            raise ConfigError(f"asym is {options['asym']!r}, allowed is true or false")
+        codec = replace(codec, asymmetric=options["asym"])
+    if f"axis_{which}" in options:
+        name = f"axis_{which}"
+        axis = Axis(_integer(name, options[name], "0 (per token) or 1 (per channel)", 0, 1))
+        codec = replace(codec, axis=axis)
+    if "q_group_size" in options:
+        size = options["q_group_size"]
+        if size != -1:
+            size = _integer("q_group_size", size, "-1 (whole row) or 1 and up", 1, 999_999_999)
+        codec = replace(codec, group_size=size)
+    return codec
+
+
+def _with_bits(codec: SectionCodec, bits: object, name: str, options: Mapping[str, object]) -> SectionCodec:
+    """`codec` with another number of bits; 16 is raw. Fewer than 4 bits turn asymmetric unless `asym` says otherwise."""
+    if bits is None:
+        return codec
+    if isinstance(bits, bool) or bits not in (2, 4, 8, 16):
+        raise ConfigError(f"{name} is {bits!r}, allowed is 2, 4, 8 or 16 (raw)")
+    assert isinstance(bits, int)
+    if bits == 16:
+        return RAW
+    if codec.kind is Kind.RAW:
+        codec = SectionCodec.integer(bits, group_size=64)
+    asymmetric = codec.asymmetric or (bits == 2 and options.get("asym") is not False)
+    return replace(codec, bits=bits, asymmetric=asymmetric)
+
+
+def _layer_table(options: Mapping[str, object]) -> dict[int, Mapping[str, object]]:
+    """KVTuner's layer table: layer index -> {nbits_key, nbits_value}, from the option or from a YAML file."""
+    if "per_layer_config" in options and "per_layer_config_path" in options:
+        raise ConfigError("give either 'per_layer_config' or 'per_layer_config_path', not both")
+    if "per_layer_config_path" in options:
+        path = Path(_text("per_layer_config_path", options, ""))
+        try:
+            table = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"per_layer_config_path {str(path)!r} cannot be read: {error}") from error
+    else:
+        table = options.get("per_layer_config", {})
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"the layer table is a {type(table).__name__}, wanted layer index -> nbits_key, nbits_value")
+    layers: dict[int, Mapping[str, object]] = {}
+    for layer, entry in table.items():
+        index = int(layer) if isinstance(layer, str) and layer.isdecimal() else layer
+        index = _integer("layer index in the layer table", index, "0 and up", 0, 2**31)
+        if not isinstance(entry, Mapping) or not set(entry) <= {"nbits_key", "nbits_value"} or not entry:
+            raise ConfigError(f"layer {index} of the layer table is {entry!r}, wanted nbits_key and nbits_value")
+        if index in layers:
+            raise ConfigError(f"layer {index} appears twice in the layer table")
+        layers[index] = entry
+    return layers
