@@ -1,0 +1,398 @@
+"""PageStore: one namespace of pages, encoded by a spec, kept by a backend.
+
+Every call ends by its deadline and answers per page; what a store or a page does wrong is a counter, never an exception.
+Encoding one chunk of a batch overlaps writing another; reading one overlaps decoding another.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from kvcodec.backend import Backend, GetResult, PutResult, open_backend
+from kvcodec.codec import Codec
+from kvcodec.errors import BackendError, BackendFull, BackendReadOnly, BackendTimeout, ConfigError, PageError
+from kvcodec.format import PagePlan, section_stored_bytes
+from kvcodec.identity import MAX_KEY_BYTES, Namespace, encode_key
+from kvcodec.layout import PageLayout, PageViews
+from kvcodec.spec import CodecSpec, Kind
+from kvcodec.transfer import Chunk, Transfer
+from kvcodec.workers import Buffers, Counters, IOThreads
+
+__all__ = ["PageStore", "Pipeline", "StoreOptions", "open_store"]
+
+logger = logging.getLogger(__name__)
+
+_CHUNK_BYTES = 2 << 20
+_MAX_CHUNK_PAGES = 32
+_CLEAR_TIMEOUT_SECONDS = 60.0
+_REMEMBERED_NAMES = 65536
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreOptions:
+    """How much a pipeline may use, and how long a call may take.
+
+    `buffer_bytes` bounds staging memory. A stored page with fewer than `minimum_bits` bits per element is a miss.
+    """
+
+    codec_threads: int = 2
+    io_threads: int = 4
+    buffer_bytes: int = 256 << 20
+    exists_timeout_seconds: float = 0.5
+    prefetch_timeout_seconds: float = 5.0
+    backup_timeout_seconds: float = 10.0
+    minimum_bits: int = 0
+
+    def __post_init__(self) -> None:
+        for name, whole, low, high in (
+            ("codec_threads", True, 1, 64),
+            ("io_threads", True, 1, 256),
+            ("buffer_bytes", True, 1 << 16, 1 << 40),
+            ("exists_timeout_seconds", False, 0.001, 3600),
+            ("prefetch_timeout_seconds", False, 0.001, 3600),
+            ("backup_timeout_seconds", False, 0.001, 3600),
+            ("minimum_bits", True, 0, 32),
+        ):
+            value = getattr(self, name)
+            allowed = int if whole else int | float
+            if isinstance(value, bool) or not isinstance(value, allowed) or not low <= value <= high:
+                kind = "a whole number" if whole else "a number"
+                raise ConfigError(f"{name} is {value!r}, allowed is {kind} from {low} to {high}")
+
+
+class Pipeline:
+    """A backend with the threads, buffers and counters that the page stores of one process share.
+
+    Counters are named ``operation.outcome``, such as ``prefetch.hit``, ``prefetch.corrupt:section_checksum``,
+    ``backup.stored`` or ``backup.full``.
+    """
+
+    def __init__(self, backend: Backend, options: StoreOptions | None = None) -> None:
+        self.backend = backend
+        self.options = options or StoreOptions()
+        self.codec = Codec(self.options.codec_threads)
+        self.io = IOThreads(self.options.io_threads)
+        self.buffers = Buffers(self.options.buffer_bytes)
+        self.counts = Counters()
+
+    def counters(self) -> dict[str, int]:
+        """Every count so far, the backend's own under ``backend.``; never blocks."""
+        own = self.counts.snapshot()
+        return own | {f"backend.{name}": count for name, count in self.backend.counters().items()}
+
+    def guarded(self, operation: str, call: Callable[[], T]) -> T | None:
+        """The result of a backend call; None, counted and logged once, if it raises.
+
+        A backend answers with errors and raises none; but it may be anybody's code, and an I/O thread must outlive it.
+        """
+        try:
+            return call()
+        except Exception as error:  # noqa: BLE001 - the border to code that is not ours
+            if f"{operation}.raised" not in self.counts.snapshot():
+                logger.warning("the backend raised during %s; further ones are only counted: %r", operation, error)
+            self.counts.add(f"{operation}.raised")
+            return None
+
+    def close(self) -> None:
+        """Finish what is under way (briefly), then let go of threads and store. Twice is fine."""
+        self.io.close(timeout_seconds=2.0)
+        self.codec.close()
+        self.backend.close()
+
+
+class PageStore:
+    """The pages of one namespace on a pipeline. Thread-safe."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        namespace: Namespace,
+        spec: CodecSpec,
+        *,
+        protected_spec: CodecSpec | None = None,
+    ) -> None:
+        """`protected_spec` encodes the pages that a backup marks as protected (default raw).
+
+        Raises `ConfigError` where a spec cannot be honoured for this layout, or a page does not fit the buffers.
+        """
+        self._pipeline = pipeline
+        self.namespace = namespace
+        self.spec = spec
+        self.protected_spec = protected_spec or CodecSpec()
+        self._specs = {"plain": spec, "protected": self.protected_spec, "raw": CodecSpec()}
+        self._plans: dict[tuple[str, int], PagePlan] = {}
+        self._rewrite: OrderedDict[str, None] = OrderedDict()
+        for checked in (spec, self.protected_spec):
+            _check_spec(checked, self.layout, pipeline.options.minimum_bits)
+        self._row_bytes = max(self.plan(which, MAX_KEY_BYTES).page_bytes for which in self._specs)
+        if 2 * self._row_bytes > pipeline.options.buffer_bytes:
+            raise ConfigError(
+                f"buffer_bytes is {pipeline.options.buffer_bytes}; two pages of this layout take "
+                f"{2 * self._row_bytes}: raise buffer_bytes or use smaller pages"
+            )
+        wanted = max(pipeline.backend.batch_size, min(_CHUNK_BYTES // self.plan().page_bytes, _MAX_CHUNK_PAGES))
+        self._chunk_pages = max(1, min(wanted, pipeline.options.buffer_bytes // (2 * self._row_bytes)))
+
+    @property
+    def layout(self) -> PageLayout:
+        """The layout of every page here."""
+        return self.namespace.layout
+
+    def plan(self, which: str = "plain", key_bytes: int = 64) -> PagePlan:
+        """The plan of pages with keys of that length: ``plain``, ``protected`` or ``raw``."""
+        plan = self._plans.get((which, key_bytes))
+        if plan is None:
+            codecs = self._specs[which].section_codecs(self.layout)
+            plan = self._plans[which, key_bytes] = PagePlan.build(self.namespace, codecs, key_bytes)
+        return plan
+
+    def exists(self, keys: Sequence[str]) -> list[bool]:
+        """Whether each page is stored. No answer in time is a no."""
+        return self._exists(self._names(keys))
+
+    def exists_prefix(self, keys: Sequence[str]) -> int:
+        """How many pages from the first on are stored without a gap."""
+        found = self.exists(keys)
+        return found.index(False) if False in found else len(found)
+
+    def backup(
+        self, keys: Sequence[str], views: PageViews, *, protected: Sequence[bool] | None = None
+    ) -> list[bool]:
+        """Encode pages and store them; True where the page is stored now.
+
+        Takes at most the time-outs of an exists and of a backup together.
+        A page that is stored already is not written again. A page with values outside the codec's domain is stored raw.
+        Nothing is read from `views` after this returns.
+        """
+        names = self._names(keys)
+        results = [
+            there and name not in self._rewrite for there, name in zip(self._exists(names), names, strict=True)
+        ]
+        todo = [index for index, stored in enumerate(results) if not stored]
+        self._count("backup.present", len(keys) - len(todo))
+        marks = ["protected" if mark else "plain" for mark in protected] if protected else ["plain"] * len(keys)
+
+        def encode(chunk: Chunk) -> None:
+            self._encode(chunk, marks[chunk.indices[0]], keys, views)
+
+        def put(chunk: Chunk, seconds: float) -> list[PutResult] | None:
+            wanted = [names[index] for index in chunk.indices]
+            backend = self._pipeline.backend
+            return self._pipeline.guarded(
+                "backup", lambda: backend.put(wanted, chunk.pages, timeout_seconds=seconds)
+            )
+
+        def settle(chunk: Chunk, answers: list[PutResult] | None) -> None:
+            for index, error in zip(chunk.indices, answers or [], strict=False):
+                results[index] = error is None
+                self._count("backup.stored" if error is None else f"backup.{_label(error)}")
+                if error is None:
+                    self._rewrite.pop(names[index], None)
+
+        transfer = self._transfer(self._pipeline.options.backup_timeout_seconds)
+        transfer.run(
+            self._runs(todo, keys, marks),
+            prepare=encode,
+            work=put,
+            settle=settle,
+            drop=lambda indices: self._count("backup.dropped", len(indices)),
+        )
+        self._count("backup.failed", results.count(False))
+        return results
+
+    def prefetch(self, keys: Sequence[str], views: PageViews) -> list[bool]:
+        """Read pages, verify them and decode them into `views`; True where the page is there now.
+
+        Nothing is written to `views` after this returns. A page that turns out damaged is removed from the store.
+        """
+        names = self._names(keys)
+        results = [False] * len(keys)
+        deadline = time.monotonic() + self._pipeline.options.prefetch_timeout_seconds
+
+        def get(chunk: Chunk, seconds: float) -> list[GetResult] | None:
+            wanted, rows = [names[index] for index in chunk.indices], [memoryview(row) for row in chunk.rows]
+            backend = self._pipeline.backend
+            return self._pipeline.guarded(
+                "prefetch", lambda: backend.get_into(wanted, rows, timeout_seconds=seconds)
+            )
+
+        def settle(chunk: Chunk, answers: list[GetResult] | None) -> None:
+            read = []
+            for row, answer in enumerate(answers or []):
+                if isinstance(answer, int) and answer <= self._row_bytes:
+                    read.append((chunk.indices[row], chunk.rows[row][:answer]))
+                elif isinstance(answer, int):
+                    self._reject(names[chunk.indices[row]], "corrupt:length", heal=True)
+                else:
+                    self._count("prefetch.miss" if answer is None else f"prefetch.{_label(answer)}")
+            if not read:
+                return
+            indices = [index for index, _ in read]
+            errors = self._decode(indices, [page for _, page in read], keys, views, deadline)
+            for index, error in zip(indices, errors, strict=True):
+                results[index] = error is None
+                if error is None:
+                    self._count("prefetch.hit")
+                else:
+                    self._reject(names[index], error.reason, heal=error.kind == "corrupt")
+
+        self._transfer(self._pipeline.options.prefetch_timeout_seconds).run(
+            self._runs(list(range(len(keys))), keys, ["plain"] * len(keys)),
+            prepare=lambda chunk: None,
+            work=get,
+            settle=settle,
+            drop=lambda indices: self._count("prefetch.dropped", len(indices)),
+        )
+        self._count("prefetch.failed", results.count(False))
+        return results
+
+    def clear(self) -> int:
+        """Delete every page of this namespace, and no other; how many were deleted."""
+        backend = self._pipeline.backend
+
+        def delete() -> int:
+            names = [info.name for info in backend.list(self.namespace.digest.hex())]
+            return sum(backend.delete(names, timeout_seconds=_CLEAR_TIMEOUT_SECONDS))
+
+        self._rewrite.clear()
+        guarded = self._pipeline.io.call(
+            lambda: self._pipeline.guarded("clear", delete), None, _CLEAR_TIMEOUT_SECONDS
+        )
+        return guarded or 0
+
+    def _names(self, keys: Sequence[str]) -> list[str]:
+        return [self.namespace.object_name(key) for key in keys]
+
+    def _count(self, name: str, amount: int = 1) -> None:
+        if amount:
+            self._pipeline.counts.add(name, amount)
+
+    def _exists(self, names: list[str]) -> list[bool]:
+        backend, timeout = self._pipeline.backend, self._pipeline.options.exists_timeout_seconds
+        answer = self._pipeline.io.call(
+            lambda: self._pipeline.guarded("exists", lambda: backend.exists(names, timeout_seconds=timeout)),
+            None,
+            timeout,
+        )
+        if answer is None:
+            self._count("exists.unanswered")
+            return [False] * len(names)
+        return answer
+
+    def _encode(self, chunk: Chunk, which: str, keys: Sequence[str], views: PageViews) -> None:
+        """Fill `chunk.pages` from the views; a page with values the codec cannot hold is encoded again, raw."""
+        data = [encode_key(keys[index]) for index in chunk.indices]
+        plan, raw = self.plan(which, len(data[0])), self.plan("raw", len(data[0]))
+        selected, codec = views.select(chunk.indices), self._pipeline.codec
+        outside = codec.encode_into(plan, data, selected, chunk.rows)
+        sizes = [plan.page_bytes] * len(data)
+        for row in np.flatnonzero(outside).tolist():
+            codec.encode_into(raw, [data[row]], selected.select([row]), [chunk.rows[row]])
+            sizes[row] = raw.page_bytes
+            self._count("backup.nonfinite")
+        self._count("backup.raw_bytes", self.layout.raw_bytes * len(data))
+        self._count("backup.encoded_bytes", sum(sizes))
+        chunk.pages = [memoryview(row)[:size] for row, size in zip(chunk.rows, sizes, strict=True)]
+
+    def _decode(
+        self,
+        indices: list[int],
+        pages: list[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]],
+        keys: Sequence[str],
+        views: PageViews,
+        deadline: float,
+    ) -> list[PageError | None]:
+        data = [encode_key(keys[index]) for index in indices]
+        self._count("prefetch.read_bytes", sum(len(page) for page in pages))
+        return self._pipeline.codec.decode_into(
+            self.namespace,
+            self.plan("plain", len(data[0])),
+            data,
+            pages,
+            views.select(indices),
+            minimum_bits=self._pipeline.options.minimum_bits,
+            timeout_seconds=max(0.0, deadline - time.monotonic()),
+        )
+
+    def _reject(self, name: str, reason: str, *, heal: bool) -> None:
+        """Count a page that is not what was asked for. The next backup writes it again; a damaged one goes at once."""
+        self._count(f"prefetch.{reason}")
+        self._rewrite[name] = None
+        if len(self._rewrite) > _REMEMBERED_NAMES:
+            self._rewrite.popitem(last=False)
+        if heal:
+            backend, timeout = self._pipeline.backend, self._pipeline.options.backup_timeout_seconds
+
+            def delete() -> None:
+                self._pipeline.guarded("heal", lambda: backend.delete([name], timeout_seconds=timeout))
+
+            self._pipeline.io.submit(delete)
+
+    def _transfer(self, timeout_seconds: float) -> Transfer[list[T]]:
+        return Transfer(
+            self._pipeline.io,
+            self._pipeline.buffers,
+            row_bytes=self._row_bytes,
+            chunk_pages=self._chunk_pages,
+            deadline=time.monotonic() + timeout_seconds,
+        )
+
+    def _runs(self, indices: list[int], keys: Sequence[str], marks: Sequence[str]) -> Iterator[list[int]]:
+        """Cut a batch into runs of pages with one plan, small enough that work on several overlaps."""
+        run: list[int] = []
+        for index in indices:
+            kind = (marks[index], len(encode_key(keys[index])))
+            if run and (len(run) == self._chunk_pages or kind != (marks[run[0]], len(encode_key(keys[run[0]])))):
+                yield run
+                run = []
+            run.append(index)
+        if run:
+            yield run
+
+
+def open_store(
+    url: str, namespace: Namespace, spec: CodecSpec, *, options: StoreOptions | None = None
+) -> tuple[Pipeline, PageStore]:
+    """A page store on a pipeline of its own, from a store URL. Close the pipeline when done."""
+    pipeline = Pipeline(open_backend(url), options)
+    return pipeline, PageStore(pipeline, namespace, spec)
+
+
+def _label(error: BackendError) -> str:
+    """Short name of a backend's answer, for a counter."""
+    for kind, label in ((BackendTimeout, "timeout"), (BackendFull, "full"), (BackendReadOnly, "read_only")):
+        if isinstance(error, kind):
+            return label
+    return "error"
+
+
+def _check_spec(spec: CodecSpec, layout: PageLayout, minimum_bits: int) -> None:
+    """Raise `ConfigError` for a section that would not shrink, a layer that is not there, or too few bits."""
+    layers = [layer for layer, _, _ in spec.layers]
+    if layers and not any(layout.layer_start <= layer < layout.layer_start + layout.layer_count for layer in layers):
+        raise ConfigError(
+            f"the layer table names layers {layers[0]} to {layers[-1]}; this rank has {layout.layer_start} to "
+            f"{layout.layer_start + layout.layer_count - 1}"
+        )
+    for index, codec in enumerate(spec.section_codecs(layout)):
+        if codec.kind is Kind.RAW:
+            continue
+        stream = layout.streams[index % len(layout.streams)]
+        stored = section_stored_bytes(layout.dtype, stream, layout.token_count, codec)
+        raw = layout.section_raw_bytes(stream)
+        if stored >= raw:
+            raise ConfigError(
+                f"{codec.text} makes a {stream.role.text} section of {raw} bytes {stored} bytes long: use more tokens per "
+                f"page than {layout.token_count}, a larger group, or per-token groups"
+            )
+        if codec.bits < minimum_bits:
+            raise ConfigError(f"minimum_bits is {minimum_bits}, but the spec itself stores {codec.text}")

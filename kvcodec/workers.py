@@ -1,0 +1,132 @@
+"""What the pipeline of a store is made of: daemon threads for I/O, and a bounded set of staging buffers."""
+
+from __future__ import annotations
+
+import mmap
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Buffers", "Counters", "IOThreads"]
+
+T = TypeVar("T")
+
+
+class Counters:
+    """Monotonic named counts. Reading never blocks: it copies a plain dict."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def add(self, name: str, amount: int = 1) -> None:
+        """Add to one count."""
+        with self._lock:
+            self._counts[name] += amount
+
+    def snapshot(self) -> dict[str, int]:
+        """All counts so far."""
+        return dict(self._counts)
+
+
+class IOThreads:
+    """A fixed number of daemon threads that run blocking store calls.
+
+    Daemon, because a call into a dead mount cannot be interrupted: neither the engine nor the end of the process may wait
+    for it. At most `limit` tasks wait; more are refused, so a hanging store costs no memory.
+    """
+
+    def __init__(self, count: int, limit: int = 256) -> None:
+        self._count = count
+        self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue(limit)
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def submit(self, task: Callable[[], None]) -> bool:
+        """Run `task` (which must not raise) on some thread, soon. False if the queue is full or closed."""
+        with self._lock:
+            if self._closed:
+                return False
+            if len(self._threads) < self._count:
+                thread = threading.Thread(target=self._run, name=f"kvcodec-io-{len(self._threads)}", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+        try:
+            self._tasks.put_nowait(task)
+        except queue.Full:
+            return False
+        return True
+
+    def call(self, function: Callable[[], T], default: T, timeout_seconds: float) -> T:
+        """The result of `function` run on some thread, or `default` if it does not come in time."""
+        answers: queue.SimpleQueue[T] = queue.SimpleQueue()
+        if not self.submit(lambda: answers.put(function())):
+            return default
+        try:
+            return answers.get(timeout=max(0.0, timeout_seconds))
+        except queue.Empty:
+            return default
+
+    def close(self, timeout_seconds: float) -> None:
+        """Take no more tasks and wait a while for those under way."""
+        with self._lock:
+            self._closed = True
+        deadline = time.monotonic() + timeout_seconds
+        for _ in self._threads:
+            try:
+                self._tasks.put(None, timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Full:
+                return
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _run(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            task()
+            del task  # a finished task must not keep its buffers alive while the thread waits
+
+
+class Buffers:
+    """Staging memory of at most `limit_bytes`, page-aligned, reused.
+
+    Memory never touched costs nothing, so a buffer may be as large as the worst case. A buffer held by a store call that hangs
+    is missing until the call ends; others then get None instead of memory without bound.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self._free: list[npt.NDArray[np.uint8]] = []
+        self._total = 0
+        self._changed = threading.Condition()
+
+    def acquire(self, size: int, timeout_seconds: float) -> npt.NDArray[np.uint8] | None:
+        """A buffer of exactly `size` bytes, or None if none comes free in time."""
+        deadline = time.monotonic() + timeout_seconds
+        with self._changed:
+            while True:
+                for index, buffer in enumerate(self._free):
+                    if len(buffer) == size:
+                        return self._free.pop(index)
+                while self._free and self._total + size > self.limit_bytes:
+                    self._total -= len(self._free.pop())
+                if self._total + size <= self.limit_bytes:
+                    self._total += size
+                    break
+                if not self._changed.wait(max(0.0, deadline - time.monotonic())):
+                    return None
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        return np.frombuffer(memory, np.uint8)
+
+    def release(self, buffer: npt.NDArray[np.uint8]) -> None:
+        """Give a buffer back; nobody may use it any more."""
+        with self._changed:
+            self._free.append(buffer)
+            self._changed.notify()
