@@ -76,8 +76,7 @@ $(INSTALLED): $(PYTHON_ENV) pyproject.toml constraints-dev.txt $(NATIVE)
 	$(PIP_INSTALL) --constraint constraints-dev.txt --no-build-isolation --editable '.[dev]'
 	touch $@
 
-# SGLang's own pins need not be tried again because a C++ file changed: order only.
+# The script keeps its own pins. They need not be tried again because a C++ file changed: order only.
 $(SGLANG): $(SGLANG_ENV) | $(INSTALLED)
 	tools/install_sglang.sh $(BIN)/python
-	$(PIP_INSTALL) --no-deps tools/sglang_cpu
 	touch $@
