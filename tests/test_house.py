@@ -31,7 +31,7 @@ BANNED_IMPORTS = frozenset({"pickle", "cPickle", "marshal", "shelve", "dill", "c
 BANNED_CALLS = frozenset(
     {"eval", "exec", "compile", "torch.load", "yaml.load", "yaml.unsafe_load", "numpy.load"}
 )
-TYPE_VARIABLES = frozenset({"TypeVar", "ParamSpec", "TypeVarTuple"})
+NO_OFFERS = frozenset({"TypeVar", "ParamSpec", "TypeVarTuple", "logging.getLogger"})
 HEAVY_IMPORTS = ("fsspec", "google.protobuf", "grpc", "lmcache", "pytest", "sglang", "torch")
 
 
@@ -161,14 +161,14 @@ def test_import_loads_no_engine_and_no_network():
 def public_names(tree: ast.Module) -> set[str]:
     """Names that the module itself defines at its top level and does not mark as private.
 
-    Type variables are no offer to anybody, and by custom have short public names.
+    Type variables and loggers are no offer to anybody, and by custom have public names.
     """
     names: set[str] = set()
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.Assign):
-            if isinstance(node.value, ast.Call) and dotted(node.value.func) in TYPE_VARIABLES:
+            if isinstance(node.value, ast.Call) and dotted(node.value.func) in NO_OFFERS:
                 continue
             targets = [leaf for target in node.targets for leaf in ast.walk(target)]
             names.update(leaf.id for leaf in targets if isinstance(leaf, ast.Name))
