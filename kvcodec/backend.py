@@ -1,9 +1,9 @@
 """Where encoded pages live: the contract every store fulfils, and the registry of URL schemes.
 
-A backend moves opaque bytes whole. It knows no layout and no codec, and it never interprets an object. Names are
-``<32 hex digits>/<64 hex digits>`` (namespace digest, object digest; see FORMAT.md 2.5), so they are safe
-in any store. Backends register through the entry-point group ``kvcodec.backends``: the entry's name is the URL scheme, its
-value a class with ``from_url``.
+A backend moves opaque bytes whole. It knows no layout and no codec, and it never interprets an
+object. Names are ``<32 hex digits>/<64 hex digits>`` (namespace digest, object digest; see
+FORMAT.md 2.5), so they are safe in any store. Backends register through the entry-point group
+``kvcodec.backends``: the entry's name is the URL scheme, its value a class with ``from_url``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _BYTE_COUNT = re.compile(r"(\d+)\s*(?:([kmgt])(i?)b?|b)?", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """One stored object: its name, its length, and when it was written (seconds since the epoch)."""
+    """One stored object: name, length, and when it was written (seconds since the epoch)."""
 
     name: str
     stored_bytes: int
@@ -43,31 +43,38 @@ class ObjectInfo:
 
 #: Per object: None when it is stored (or was there already), else why not.
 PutResult = BackendError | None
-#: Per object: its length in bytes, None when there is no such object, or why it could not be read. A length above that of
-#: the buffer means nothing usable was read.
+#: Per object: its length in bytes, None when there is no such object, or why it could not be read.
+#: A length above that of the buffer means nothing usable was read.
 GetResult = int | None | BackendError
 
 
 class Backend(abc.ABC):
-    """A store of whole objects. Every method is thread-safe and takes a batch; results come per object.
+    """A store of whole objects. Every method is thread-safe and takes a batch; results come per
+    object.
 
-    `timeout_seconds` bounds the whole call as far as the operating system lets it; objects not reached
-    in time answer with `BackendTimeout`. Only a broken argument raises; a failing store answers.
+    `timeout_seconds` bounds the whole call as far as the operating system lets it; objects not
+    reached in time answer with `BackendTimeout`. Only a broken argument raises; a failing store
+    answers.
     """
 
-    #: How many objects one call should carry for good throughput; callers split their batches accordingly.
+    #: How many objects one call should carry for good throughput; callers split their batches
+    #: accordingly.
     batch_size: int = 4
 
     @classmethod
     @abc.abstractmethod
     def from_url(cls, url: str) -> Backend:
-        """Open the store a URL names. Raises `ConfigError` for an unknown option or a store that cannot be used."""
+        """Open the store a URL names. Raises `ConfigError` for an unknown option or a store that
+        cannot be used.
+        """
 
     @abc.abstractmethod
     def put(
         self, names: Sequence[str], objects: Sequence[memoryview], *, timeout_seconds: float
     ) -> list[PutResult]:
-        """Store objects. Each becomes visible whole or not at all; the last complete writer of a name wins."""
+        """Store objects. Each becomes visible whole or not at all; the last complete writer of a
+        name wins.
+        """
 
     @abc.abstractmethod
     def get_into(
@@ -85,19 +92,27 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """All complete objects whose name starts with `prefix` (a namespace digest or empty), in any order."""
+        """All complete objects whose name starts with `prefix` (a namespace digest or empty), in
+        any order.
+        """
 
     @abc.abstractmethod
     def stat(self, name: str, *, timeout_seconds: float) -> ObjectInfo | None:
-        """One object's description, None when there is no such object. Raises `BackendError` if the store fails."""
+        """One object's description, None when there is no such object. Raises `BackendError` if the
+        store fails.
+        """
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Let go of files and connections. Further calls answer `BackendError`; closing twice is fine."""
+        """Let go of files and connections. Further calls answer `BackendError`; closing twice is
+        fine.
+        """
 
     @abc.abstractmethod
     def counters(self) -> Mapping[str, int]:
-        """Monotonic counts of what happened inside (evicted objects, swept orphans ...); never blocks."""
+        """Monotonic counts of what happened inside (evicted objects, swept orphans ...); never
+        blocks.
+        """
 
 
 def check_name(name: str) -> str:
@@ -111,7 +126,9 @@ def parse_byte_count(name: str, text: str) -> int:
     """``"64MiB"``, ``"10GB"``, ``"4096"`` in bytes."""
     match = _BYTE_COUNT.fullmatch(text.strip())
     if match is None:
-        raise ConfigError(f"{name} is {text!r}, wanted a number of bytes such as 4096, 64MiB or 10GB")
+        raise ConfigError(
+            f"{name} is {text!r}, wanted a number of bytes such as 4096, 64MiB or 10GB"
+        )
     number, unit, binary = match.groups()
     power = "_kmgt".index(unit.lower()) if unit else 0
     return int(number) * (1024 if binary else 1000) ** power
@@ -123,7 +140,9 @@ def parse_options(url: str, allowed: Sequence[str]) -> tuple[SplitResult, dict[s
     options: dict[str, str] = {}
     for name, value in parse_qsl(parts.query, keep_blank_values=True):
         if name not in allowed:
-            raise ConfigError(f"{url!r}: unknown option {name!r}, known are {', '.join(sorted(allowed)) or 'none'}")
+            raise ConfigError(
+                f"{url!r}: unknown option {name!r}, known: {', '.join(sorted(allowed)) or 'none'}"
+            )
         if name in options:
             raise ConfigError(f"{url!r}: option {name!r} is given twice")
         options[name] = value
@@ -135,7 +154,9 @@ def open_backend(url: str) -> Backend:
     scheme = urlsplit(url).scheme
     entries = {entry.name: entry for entry in entry_points(group="kvcodec.backends")}
     if scheme not in entries:
-        known = ", ".join(f"{name}://" for name in sorted(entries)) or "none (is kvcodec installed?)"
+        known = (
+            ", ".join(f"{name}://" for name in sorted(entries)) or "none (is kvcodec installed?)"
+        )
         raise ConfigError(f"no backend for the URL {url!r}; known schemes: {known}")
     backend_class = entries[scheme].load()
     backend: Backend = backend_class.from_url(url)

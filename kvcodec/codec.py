@@ -11,9 +11,10 @@ import numpy.typing as npt
 
 from kvcodec import native
 from kvcodec.errors import ConfigError, CorruptPage, PageError
-from kvcodec.format import EncodedPage, PagePlan
+from kvcodec.format import EncodedPage
 from kvcodec.identity import Namespace
 from kvcodec.layout import PageViews, StreamStrides
+from kvcodec.plan import PagePlan
 
 __all__ = ["Codec", "CodecTimeout", "encoded_size"]
 
@@ -64,7 +65,11 @@ def _native_plan(plan: PagePlan, strides: tuple[StreamStrides, ...]) -> native.P
                 checksum_offset=int(checksum),
             )
             for codec, offset, stored, checksum in zip(
-                plan.codecs, plan.section_offsets, plan.stored_bytes, plan.checksum_offsets, strict=True
+                plan.codecs,
+                plan.section_offsets,
+                plan.stored_bytes,
+                plan.checksum_offsets,
+                strict=True,
             )
         ],
         header=plan.header,
@@ -74,23 +79,29 @@ def _native_plan(plan: PagePlan, strides: tuple[StreamStrides, ...]) -> native.P
     )
 
 
-def _check_batch(plan: PagePlan, keys: Sequence[bytes], pages: Sequence[Bytes], views: PageViews) -> None:
+def _check_batch(
+    plan: PagePlan, keys: Sequence[bytes], pages: Sequence[Bytes], views: PageViews
+) -> None:
     if views.layout != plan.layout:
         raise ConfigError(f"the views have the layout {views.layout}, the plan has {plan.layout}")
     if not len(keys) == len(pages) == len(views):
         raise ConfigError(f"{len(keys)} keys, {len(pages)} encoded pages and {len(views)} views")
     for key, page in zip(keys, pages, strict=True):
         if len(key) != plan.key_bytes:
-            raise ConfigError(f"a key of {len(key)} bytes under a plan for keys of {plan.key_bytes}")
+            raise ConfigError(
+                f"a key of {len(key)} bytes under a plan for keys of {plan.key_bytes}"
+            )
         if page.ndim != 1 or page.dtype != np.uint8 or not page.flags.c_contiguous:
-            raise ConfigError(f"an encoded page is a contiguous uint8 array, not {page.dtype} {page.shape}")
+            raise ConfigError(
+                f"an encoded page is a contiguous uint8 array, not {page.dtype} {page.shape}"
+            )
 
 
 class Codec:
     """Encodes and decodes batches on a bounded pool of native threads.
 
-    Pages are read from and written to the caller's memory in place. A batch is one native call, which holds no GIL.
-    Thread-safe; the threads start at the first call and again after a fork.
+    Pages are read from and written to the caller's memory in place. A batch is one native call,
+    which holds no GIL. Thread-safe; the threads start at the first call and again after a fork.
     """
 
     def __init__(self, threads: int = 2) -> None:
@@ -104,13 +115,16 @@ class Codec:
     ) -> npt.NDArray[np.uint64]:
         """Encode pages into the starts of `targets`, uint8 arrays of at least `plan.page_bytes`.
 
-        Returns per page how many groups held a value outside the codec's domain (NaN, infinite, 2^127 or more): such a
-        group decodes to NaN, so a caller that wants the values keeps the page raw.
+        Returns per page how many groups held a value outside the codec's domain (NaN, infinite,
+        2^127 or more): such a group decodes to NaN, so a caller that wants the values keeps the
+        page raw.
         """
         _check_batch(plan, keys, targets, views)
         for target in targets:
             if len(target) < plan.page_bytes or not target.flags.writeable:
-                raise ConfigError(f"a target of {len(target)} bytes; a page takes {plan.page_bytes}, writable")
+                raise ConfigError(
+                    f"a target of {len(target)} bytes; a page takes {plan.page_bytes}, writable"
+                )
         batch = self._submit(native.ENCODE, plan, keys, views, targets)
         batch.wait(None)
         assert not batch.status.any(), f"encode failed: {batch.status}"
@@ -127,10 +141,12 @@ class Codec:
         minimum_bits: int = 0,
         timeout_seconds: float | None = None,
     ) -> list[PageError | None]:
-        """Verify `pages` (uint8 arrays) and decode them into `views`; None where a page is there, else why not.
+        """Verify `pages` (uint8 arrays) and decode them into `views`; None where a page is there,
+        else why not.
 
-        `plan` is the one these pages most likely have; a page encoded otherwise is read by its own header. The memory of a
-        refused page may have been written in part. No write happens after the return.
+        `plan` is the one these pages most likely have; a page encoded otherwise is read by its own
+        header. The memory of a refused page may have been written in part. No write happens after
+        the return.
         """
         _check_batch(plan, keys, pages, views)
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
@@ -178,15 +194,28 @@ class Codec:
         if not batch.wait(None if deadline is None else max(0.0, deadline - time.monotonic())):
             batch.cancel()
             batch.wait(None)
-        return [_error(int(status), int(section)) for status, section in zip(batch.status, batch.section, strict=True)]
+        return [
+            _error(int(status), int(section))
+            for status, section in zip(batch.status, batch.section, strict=True)
+        ]
 
     def _submit(
-        self, operation: int, plan: PagePlan, keys: Sequence[bytes], views: PageViews, pages: Sequence[Bytes]
+        self,
+        operation: int,
+        plan: PagePlan,
+        keys: Sequence[bytes],
+        views: PageViews,
+        pages: Sequence[Bytes],
     ) -> native.Batch:
         addresses = np.array([page.__array_interface__["data"][0] for page in pages], np.uint64)
         lengths = np.array([len(page) for page in pages], np.uint64)
         return self._pool.submit(
-            operation, _native_plan(plan, views.strides), addresses, lengths, list(keys), views.bases
+            operation,
+            _native_plan(plan, views.strides),
+            addresses,
+            lengths,
+            list(keys),
+            views.bases,
         )
 
     def close(self) -> None:

@@ -3,16 +3,16 @@
 ::
 
     KVCodecError
-    ├── ConfigError (ValueError)        an option, URL or layout that cannot be honoured; raised at start-up
-    ├── NativeError                     libkvcodec is missing, of another ABI, or the forced ISA is not there
-    ├── PageError                       these bytes are not the page that was asked for; always a miss
-    │   ├── CorruptPage                 damage: cut, flipped, padded, of impossible structure
-    │   ├── UnsupportedPage             a newer version, or a feature this reader does not know
-    │   ├── MismatchedPage              a whole page, but of another identity, key or layout
-    │   └── QualityBelowMinimum         a right page with fewer bits than the reader demands
-    └── BackendError                    the store failed; a missing object is not an error
-        ├── BackendFull                 no space, quota or inodes left
-        ├── BackendReadOnly             the store cannot be written
+    ├── ConfigError (ValueError)     an option, URL or layout that cannot be honoured, at start-up
+    ├── NativeError                  libkvcodec is missing, of another ABI, or lacks the forced ISA
+    ├── PageError                    these bytes are not the page that was asked for: a miss
+    │   ├── CorruptPage              damage: cut, flipped, padded, of impossible structure
+    │   ├── UnsupportedPage          a newer version, or a feature this reader does not know
+    │   ├── MismatchedPage           a whole page, but of another identity, key or layout
+    │   └── QualityBelowMinimum      a right page with fewer bits than the reader demands
+    └── BackendError                 the store failed; a missing object is not an error
+        ├── BackendFull              no space, quota or inodes left
+        ├── BackendReadOnly          the store cannot be written
         └── BackendTimeout (TimeoutError)   the deadline passed
 
 Errors carry fields, not prose alone, so that the outermost adapter can count them apart.
@@ -51,7 +51,8 @@ class NativeError(KVCodecError):
 class PageError(KVCodecError):
     """The bytes are not the page that was asked for.
 
-    `reason` is a short stable label for counters, such as ``"corrupt:header_checksum"`` or ``"mismatch:dtype"``.
+    `reason` is a short stable label for counters, such as ``"corrupt:header_checksum"`` or
+    ``"mismatch:dtype"``.
     """
 
     kind = "page"

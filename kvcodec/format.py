@@ -1,4 +1,6 @@
-"""Bytes <-> header. The only module that knows an offset; what the bytes mean is in proto/FORMAT.md."""
+"""Bytes <-> header. The only module that knows an offset; what the bytes mean is in
+proto/FORMAT.md.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,19 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from kvcodec.errors import ConfigError, CorruptPage, MismatchedPage, QualityBelowMinimum, UnsupportedPage
-from kvcodec.identity import MAX_IDENTITY_BYTES, MAX_KEY_BYTES, Identity, Namespace, encode_key, layout_record
+from kvcodec.errors import (
+    ConfigError,
+    CorruptPage,
+    MismatchedPage,
+    QualityBelowMinimum,
+    UnsupportedPage,
+)
+from kvcodec.identity import (
+    MAX_IDENTITY_BYTES,
+    MAX_KEY_BYTES,
+    Identity,
+    Namespace,
+)
 from kvcodec.layout import (
     MAX_LAYER_COUNT,
     MAX_SECTION_BYTES,
@@ -32,7 +45,6 @@ __all__ = [
     "EncodedPage",
     "Extension",
     "PageHeader",
-    "PagePlan",
     "pad64",
     "parameter_bytes",
     "section_stored_bytes",
@@ -45,10 +57,10 @@ MAX_HEADER_BYTES = 1 << 18
 MAX_EXTENSION_BYTES = 65536
 CHECKSUM_BYTES = 8
 
-_FIXED = struct.Struct("<8sHHIQII12sIHHI8s")
-_STREAM = struct.Struct("<B3sIII")
+FIXED = struct.Struct("<8sHHIQII12sIHHI8s")
+STREAM = struct.Struct("<B3sIII")
 _EXTENSION = struct.Struct("<HHI")
-_SECTION = np.dtype(
+SECTION = np.dtype(
     [
         ("kind", "u1"),
         ("bits", "u1"),
@@ -60,7 +72,7 @@ _SECTION = np.dtype(
         ("checksum", "<u8"),
     ]
 )
-assert _FIXED.size == 64 and _STREAM.size == 16 and _SECTION.itemsize == 24
+assert (FIXED.size, STREAM.size, SECTION.itemsize) == (64, 16, 24)
 
 _ASYMMETRIC = 1
 _CHANNEL = 2
@@ -71,7 +83,7 @@ def pad64(size: int) -> int:
     return -(-size // 64) * 64
 
 
-def parameter_bytes(dtype: DType, stream: Stream, token_count: int, codec: SectionCodec) -> int:
+def parameter_bytes(stream: Stream, token_count: int, codec: SectionCodec) -> int:
     """Bytes of a section's parameters, without padding. `codec` must be resolved."""
     if codec.kind is Kind.RAW:
         return 0
@@ -82,7 +94,9 @@ def parameter_bytes(dtype: DType, stream: Stream, token_count: int, codec: Secti
     return groups * (4 if codec.asymmetric else 2)
 
 
-def section_stored_bytes(dtype: DType, stream: Stream, token_count: int, codec: SectionCodec) -> int:
+def section_stored_bytes(
+    dtype: DType, stream: Stream, token_count: int, codec: SectionCodec
+) -> int:
     """Exact bytes of a section, without its padding. `codec` must be resolved."""
     rows = stream.head_count * token_count
     if codec.kind is Kind.RAW:
@@ -93,7 +107,7 @@ def section_stored_bytes(dtype: DType, stream: Stream, token_count: int, codec: 
     else:
         blocks, rest = divmod(stream.head_size, 64)
         codes = rows * (blocks * 8 * codec.bits + -(-rest * codec.bits // 8))
-    return pad64(parameter_bytes(dtype, stream, token_count, codec)) + codes
+    return pad64(parameter_bytes(stream, token_count, codec)) + codes
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +152,9 @@ class PageHeader:
         return min(codec.bits if codec.kind is Kind.INT else raw_bits for codec in self.codecs)
 
     def expect(self, namespace: Namespace, key: str, *, minimum_bits: int = 0) -> None:
-        """Raise `MismatchedPage`, naming the field, unless this is the page of `key` in `namespace`."""
+        """Raise `MismatchedPage`, naming the field, unless this is the page of `key` in
+        `namespace`.
+        """
         layout, wanted = self.layout, namespace.layout
         for name in ("dtype", "token_count", "layer_start", "layer_count", "streams"):
             _same(name, getattr(layout, name), getattr(wanted, name))
@@ -155,138 +171,11 @@ def _same(what: str, found: object, expected: object) -> None:
         raise MismatchedPage(what, found, expected)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PagePlan:
-    """Where everything lies in the pages of one namespace, codec and key length.
-
-    `header` is a finished header but for the key, the section checksums and the header checksum, which are zero.
-    """
-
-    layout: PageLayout
-    codecs: tuple[SectionCodec, ...]
-    header: bytes
-    key_offset: int
-    key_bytes: int
-    stored_bytes: npt.NDArray[np.uint64]
-    section_offsets: npt.NDArray[np.uint64]
-    checksum_offsets: npt.NDArray[np.uint64]
-    page_bytes: int
-
-    @classmethod
-    def build(
-        cls,
-        namespace: Namespace,
-        codecs: Sequence[SectionCodec],
-        key_bytes: int,
-        extensions: Sequence[Extension] = (),
-    ) -> PagePlan:
-        """Plan pages to be written. `codecs` holds one codec per section; raises `ConfigError` beyond a limit."""
-        layout = namespace.layout
-        if len(codecs) != layout.section_count:
-            raise ConfigError(f"{len(codecs)} codecs for {layout.section_count} sections")
-        if not 1 <= key_bytes <= MAX_KEY_BYTES:
-            raise ConfigError(f"a page key of {key_bytes} bytes; allowed is 1 to {MAX_KEY_BYTES}")
-        streams = layout.streams * layout.layer_count
-        resolved = tuple(
-            codec.resolved(stream.head_size, layout.token_count)
-            for codec, stream in zip(codecs, streams, strict=True)
-        )
-        rows = [_section_row(layout, stream, codec) for codec, stream in zip(resolved, streams, strict=True)]
-        return cls._assemble(namespace, resolved, np.array(rows, _SECTION), key_bytes, tuple(extensions))
-
-    @classmethod
-    def _assemble(
-        cls,
-        namespace: Namespace,
-        codecs: tuple[SectionCodec, ...],
-        table: npt.NDArray[np.void],
-        key_bytes: int,
-        extensions: tuple[Extension, ...],
-    ) -> PagePlan:
-        fixed, streams = layout_record(namespace.layout)
-        identity = namespace.identity.record
-        extension_record = _extension_record(extensions)
-        table_offset = _FIXED.size + len(streams)
-        key_offset = table_offset + table.nbytes + len(identity)
-        end = key_offset + key_bytes + len(extension_record) + CHECKSUM_BYTES
-        header_bytes = pad64(end)
-        if header_bytes > MAX_HEADER_BYTES:
-            raise ConfigError(f"the header would take {header_bytes} bytes, allowed is {MAX_HEADER_BYTES}")
-        stored = table["stored_bytes"].astype(np.uint64)
-        padded = (stored + np.uint64(63)) & ~np.uint64(63)
-        offsets = np.uint64(header_bytes) + np.concatenate([[np.uint64(0)], np.cumsum(padded)]).astype(np.uint64)
-        page_bytes = int(offsets[-1])
-        start = _FIXED.pack(
-            MAGIC,
-            MAJOR,
-            MINOR,
-            header_bytes,
-            page_bytes,
-            0,
-            0,
-            fixed,
-            len(table),
-            len(identity),
-            key_bytes,
-            len(extension_record),
-            bytes(8),
-        )
-        body = start + streams + table.tobytes() + identity + bytes(key_bytes) + extension_record
-        return cls(
-            layout=namespace.layout,
-            codecs=codecs,
-            header=body.ljust(header_bytes, b"\0"),
-            key_offset=key_offset,
-            key_bytes=key_bytes,
-            stored_bytes=stored,
-            section_offsets=offsets[:-1],
-            checksum_offsets=_checksum_offsets(table_offset, len(table)),
-            page_bytes=page_bytes,
-        )
-
-    @classmethod
-    def of_page(cls, header: PageHeader, data: memoryview) -> PagePlan:
-        """The plan under which a stored page was written; `data` starts with its (verified) header."""
-        raw = bytearray(data[: header.header_bytes])
-        fixed = _FIXED.unpack_from(raw)
-        streams_bytes = len(header.layout.streams) * _STREAM.size
-        table_offset = _FIXED.size + streams_bytes
-        key_offset = table_offset + len(header.codecs) * _SECTION.itemsize + fixed[9]
-        key_bytes = fixed[10]
-        checksum_offsets = _checksum_offsets(table_offset, len(header.codecs))
-        for offset in [*checksum_offsets.tolist(), header.header_bytes - CHECKSUM_BYTES]:
-            raw[offset : offset + CHECKSUM_BYTES] = bytes(CHECKSUM_BYTES)
-        raw[key_offset : key_offset + key_bytes] = bytes(key_bytes)
-        return cls(
-            layout=header.layout,
-            codecs=header.codecs,
-            header=bytes(raw),
-            key_offset=key_offset,
-            key_bytes=key_bytes,
-            stored_bytes=np.array(header.stored_bytes, np.uint64),
-            section_offsets=np.array(header.section_offsets, np.uint64),
-            checksum_offsets=checksum_offsets,
-            page_bytes=header.page_bytes,
-        )
-
-    def finished_header(self, key: str, checksums: Sequence[int]) -> bytes:
-        """The header of one page, given the checksums of its sections."""
-        raw = bytearray(self.header)
-        raw[self.key_offset : self.key_offset + self.key_bytes] = encode_key(key)
-        for offset, checksum in zip(self.checksum_offsets.tolist(), checksums, strict=True):
-            struct.pack_into("<Q", raw, offset, checksum)
-        struct.pack_into("<Q", raw, len(raw) - CHECKSUM_BYTES, xxhash.xxh3_64_intdigest(raw[:-CHECKSUM_BYTES]))
-        return bytes(raw)
-
-
-def _checksum_offsets(table_offset: int, section_count: int) -> npt.NDArray[np.uint64]:
-    first = table_offset + _SECTION.fields["checksum"][1]  # type: ignore[index]
-    return (first + np.arange(section_count) * _SECTION.itemsize).astype(np.uint64)
-
-
-def _section_row(layout: PageLayout, stream: Stream, codec: SectionCodec) -> tuple[int, ...]:
+def section_row(layout: PageLayout, stream: Stream, codec: SectionCodec) -> tuple[int, ...]:
     if codec.kind is Kind.INT and not layout.dtype.is_quantizable:
-        raise ConfigError(f"{layout.dtype.text} pages are stored raw; {codec.text} cannot be applied")
+        raise ConfigError(
+            f"{layout.dtype.text} pages are stored raw; {codec.text} cannot be applied"
+        )
     stored = section_stored_bytes(layout.dtype, stream, layout.token_count, codec)
     if stored > MAX_SECTION_BYTES:
         raise ConfigError(f"a section would take {stored} bytes, allowed is {MAX_SECTION_BYTES}")
@@ -296,21 +185,26 @@ def _section_row(layout: PageLayout, stream: Stream, codec: SectionCodec) -> tup
     return (Kind.INT, codec.bits, options, 0, codec.group_size, stored, 0, 0)
 
 
-def _extension_record(extensions: Sequence[Extension]) -> bytes:
+def extension_record(extensions: Sequence[Extension]) -> bytes:
     types = [extension.type for extension in extensions]
     if types != sorted(set(types)):
         raise ConfigError(f"extension types {types} are not ascending and unique")
     record = b"".join(
-        _EXTENSION.pack(e.type, int(e.critical), len(e.data)) + e.data + bytes(-len(e.data) % 8) for e in extensions
+        _EXTENSION.pack(e.type, int(e.critical), len(e.data)) + e.data + bytes(-len(e.data) % 8)
+        for e in extensions
     )
     if len(record) > MAX_EXTENSION_BYTES:
-        raise ConfigError(f"the extensions take {len(record)} bytes, allowed is {MAX_EXTENSION_BYTES}")
+        raise ConfigError(
+            f"the extensions take {len(record)} bytes, allowed is {MAX_EXTENSION_BYTES}"
+        )
     return record
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedPage:
-    """A page as stored: its verified header and all its bytes. Sections are verified when they are used."""
+    """A page as stored: its verified header and all its bytes. Sections are verified when they are
+    used.
+    """
 
     header: PageHeader
     data: memoryview
@@ -319,14 +213,15 @@ class EncodedPage:
     def parse(cls, data: bytes | bytearray | memoryview) -> EncodedPage:
         """Read and verify the header of a stored page.
 
-        Raises `CorruptPage` for bytes that break the format and `UnsupportedPage` for a page of a newer version. The cost
-        and the memory are bounded by the header's limits, whatever the bytes say.
+        Raises `CorruptPage` for bytes that break the format and `UnsupportedPage` for a page of a
+        newer version. The cost and the memory are bounded by the header's limits, whatever the
+        bytes say.
         """
         view = memoryview(data).cast("B")
         return cls(_parse_header(view), view)
 
     def section(self, index: int) -> memoryview:
-        """The stored bytes of a section with its padding. Raises `CorruptPage` if they are damaged."""
+        """The stored bytes of a section and its padding. Raises `CorruptPage` if damaged."""
         offset = self.header.section_offsets[index]
         stored = self.header.stored_bytes[index]
         padded = self.data[offset : offset + pad64(stored)]
@@ -349,7 +244,7 @@ def _corrupt(what: str, message: str) -> NoReturn:
 def _parse_header(view: memoryview) -> PageHeader:
     if len(view) < 128:
         _corrupt("length", f"{len(view)} bytes are too few for a page")
-    fixed = _FIXED.unpack_from(view)
+    fixed = FIXED.unpack_from(view)
     magic, major, minor, header_bytes, page_bytes, required, _unused = fixed[:7]
     layout_bytes, section_count, identity_bytes, key_bytes, extension_bytes, reserved = fixed[7:]
     if magic != MAGIC:
@@ -357,7 +252,10 @@ def _parse_header(view: memoryview) -> PageHeader:
     if major != MAJOR:
         raise UnsupportedPage("version", major, MAJOR)
     if header_bytes % 64 or not 128 <= header_bytes <= MAX_HEADER_BYTES:
-        _corrupt("header_bytes", f"header_bytes is {header_bytes}; allowed are multiples of 64 to {MAX_HEADER_BYTES}")
+        _corrupt(
+            "header_bytes",
+            f"header_bytes is {header_bytes}; allowed are multiples of 64 to {MAX_HEADER_BYTES}",
+        )
     if page_bytes != len(view):
         _corrupt("length", f"the page says {page_bytes} bytes, the object has {len(view)}")
     if header_bytes > page_bytes:
@@ -371,16 +269,19 @@ def _parse_header(view: memoryview) -> PageHeader:
     if any(reserved):
         _corrupt("reserved", "reserved bytes of the header are not zero")
     layout = _parse_layout(header, layout_bytes, section_count)
-    table_offset = _FIXED.size + len(layout.streams) * _STREAM.size
-    identity_offset = table_offset + section_count * _SECTION.itemsize
+    table_offset = FIXED.size + len(layout.streams) * STREAM.size
+    identity_offset = table_offset + section_count * SECTION.itemsize
     key_offset = identity_offset + identity_bytes
     extension_offset = key_offset + key_bytes
     end = extension_offset + extension_bytes
     if pad64(end + CHECKSUM_BYTES) != header_bytes or any(header[end:-CHECKSUM_BYTES]):
-        _corrupt("header_bytes", f"the parts of the header end at {end}, which does not fit its {header_bytes} bytes")
+        _corrupt(
+            "header_bytes",
+            f"the parts of the header end at {end}, which does not fit its {header_bytes} bytes",
+        )
     if identity_bytes > MAX_IDENTITY_BYTES or not 1 <= key_bytes <= MAX_KEY_BYTES:
         _corrupt("limits", f"an identity of {identity_bytes} or a key of {key_bytes} bytes")
-    table = np.frombuffer(header, _SECTION, section_count, table_offset)
+    table = np.frombuffer(header, SECTION, section_count, table_offset)
     codecs = _parse_table(layout, table, header_bytes, page_bytes)
     try:
         key = header[key_offset:extension_offset].decode("utf-8")
@@ -404,15 +305,22 @@ def _parse_layout(header: bytes, record: bytes, section_count: int) -> PageLayou
     dtype, stream_count, layer_count, layer_start, token_count = struct.unpack("<BBHII", record)
     if not 1 <= stream_count <= MAX_STREAM_COUNT or not 1 <= layer_count <= MAX_LAYER_COUNT:
         _corrupt("limits", f"{stream_count} streams, {layer_count} layers")
-    table_offset = _FIXED.size + stream_count * _STREAM.size
+    table_offset = FIXED.size + stream_count * STREAM.size
     if section_count != layer_count * stream_count:
-        _corrupt("section_count", f"{section_count} sections for {layer_count} layers of {stream_count} streams")
-    if table_offset + section_count * _SECTION.itemsize > len(header):
-        _corrupt("header_bytes", f"{section_count} sections do not fit a header of {len(header)} bytes")
+        _corrupt(
+            "section_count",
+            f"{section_count} sections for {layer_count} layers of {stream_count} streams",
+        )
+    if table_offset + section_count * SECTION.itemsize > len(header):
+        _corrupt(
+            "header_bytes", f"{section_count} sections do not fit a header of {len(header)} bytes"
+        )
     streams = []
     try:
         for index in range(stream_count):
-            role, zero, heads, size, start = _STREAM.unpack_from(header, _FIXED.size + index * _STREAM.size)
+            role, zero, heads, size, start = STREAM.unpack_from(
+                header, FIXED.size + index * STREAM.size
+            )
             if any(zero):
                 _corrupt("reserved", f"reserved bytes of stream {index} are not zero")
             streams.append(Stream(Role(role), heads, size, start))
@@ -430,7 +338,9 @@ def _parse_layout(header: bytes, record: bytes, section_count: int) -> PageLayou
 def _parse_table(
     layout: PageLayout, table: npt.NDArray[np.void], header_bytes: int, page_bytes: int
 ) -> tuple[SectionCodec, ...]:
-    """The codecs of all sections. Equal rows are checked once, so the cost follows the number of distinct codecs."""
+    """The codecs of all sections. Equal rows are checked once, so the cost follows the number of
+    distinct codecs.
+    """
     if (table["table"] != 0).any() or (table["side_bytes"] != 0).any():
         raise UnsupportedPage("section", "a coding table or side information", "none")
     codecs: list[SectionCodec] = [RAW] * len(table)
@@ -447,7 +357,13 @@ def _parse_table(
 
 @lru_cache(maxsize=256)
 def _row_codec(
-    layout: PageLayout, stream: Stream, kind: int, bits: int, options: int, group_size: int, stored_bytes: int
+    layout: PageLayout,
+    stream: Stream,
+    kind: int,
+    bits: int,
+    options: int,
+    group_size: int,
+    stored_bytes: int,
 ) -> SectionCodec:
     if kind not in (Kind.RAW, Kind.INT):
         raise UnsupportedPage("section_kind", kind, "0 (raw), 1 (int)")
@@ -457,16 +373,22 @@ def _row_codec(
         axis = Axis.CHANNEL if options & _CHANNEL else Axis.TOKEN
         length = layout.token_count if axis is Axis.CHANNEL else stream.head_size
         if bits not in (2, 4, 8) or not 1 <= group_size <= length:
-            _corrupt("section", f"int section with {bits} bits and groups of {group_size} along {length}")
+            _corrupt(
+                "section", f"int section with {bits} bits and groups of {group_size} along {length}"
+            )
         codec = SectionCodec.integer(
             bits, asymmetric=bool(options & _ASYMMETRIC), axis=axis, group_size=group_size
         )
     try:
-        row = _section_row(layout, stream, codec)
+        row = section_row(layout, stream, codec)
     except ConfigError as error:
         raise CorruptPage("section", str(error)) from error
     if (row[1], row[2], row[4], row[5]) != (bits, options, group_size, stored_bytes):
-        _corrupt("section", f"a section entry says {bits} bits, options {options:#x}, {stored_bytes} bytes; wanted {row}")
+        _corrupt(
+            "section",
+            f"a section entry says {bits} bits, options {options:#x}, {stored_bytes} bytes; "
+            f"wanted {row}",
+        )
     return codec
 
 

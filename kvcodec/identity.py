@@ -1,4 +1,6 @@
-"""Whose KV a page is: the identity record, the namespace made of it, and the names of pages in a store."""
+"""Whose KV a page is: the identity record, the namespace made of it, and the names of pages in a
+store.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,19 @@ _STREAM = struct.Struct("<B3xIII")
 
 
 def layout_record(layout: PageLayout) -> tuple[bytes, bytes]:
-    """The layout as it stands in a header: the 12 bytes from `dtype` to `token_count`, and the streams."""
+    """The layout as it stands in a header: the 12 bytes from `dtype` to `token_count`, and the
+    streams.
+    """
     fixed = _LAYOUT.pack(
-        layout.dtype, len(layout.streams), layout.layer_count, layout.layer_start, layout.token_count
+        layout.dtype,
+        len(layout.streams),
+        layout.layer_count,
+        layout.layer_start,
+        layout.token_count,
     )
-    streams = b"".join(_STREAM.pack(s.role, s.head_count, s.head_size, s.head_start) for s in layout.streams)
+    streams = b"".join(
+        _STREAM.pack(s.role, s.head_count, s.head_size, s.head_start) for s in layout.streams
+    )
     return fixed, streams
 
 
@@ -34,7 +44,8 @@ def layout_record(layout: PageLayout) -> tuple[bytes, bytes]:
 class Identity:
     """Named text fields that tell one KV from another: model, revision, ranks, pool, tenant ...
 
-    Equal only if all fields are equal; there are no wildcards. Put a digest of a secret, never the secret.
+    Equal only if all fields are equal; there are no wildcards. Put a digest of a secret, never the
+    secret.
     """
 
     fields: tuple[tuple[str, str], ...] = ()
@@ -47,7 +58,9 @@ class Identity:
             if not _FIELD_NAME.fullmatch(name):
                 raise ConfigError(f"identity field {name!r}: a name is 1 to 32 of a-z, 0-9 and _")
         if len(self.record) > MAX_IDENTITY_BYTES:
-            raise ConfigError(f"the identity takes {len(self.record)} bytes, allowed is {MAX_IDENTITY_BYTES}")
+            raise ConfigError(
+                f"the identity takes {len(self.record)} bytes, allowed is {MAX_IDENTITY_BYTES}"
+            )
 
     @classmethod
     def of(cls, **fields: object) -> Identity:
@@ -61,8 +74,12 @@ class Identity:
         for name, value in self.fields:
             data = value.encode()
             if len(data) > 0xFFFF:
-                raise ConfigError(f"identity field {name!r} takes {len(data)} bytes, allowed is 65535")
-            parts.append(struct.pack("<B", len(name)) + name.encode() + struct.pack("<H", len(data)) + data)
+                raise ConfigError(
+                    f"identity field {name!r} takes {len(data)} bytes, allowed is 65535"
+                )
+            parts.append(
+                struct.pack("<B", len(name)) + name.encode() + struct.pack("<H", len(data)) + data
+            )
         return b"".join(parts)
 
     @classmethod
@@ -77,7 +94,9 @@ class Identity:
                 (size,) = struct.unpack_from("<H", record, end)
                 at = end + 2 + size
                 if at > len(record):
-                    raise CorruptPage("identity", "an identity field runs past the end of the record")
+                    raise CorruptPage(
+                        "identity", "an identity field runs past the end of the record"
+                    )
                 fields.append((name, record[end + 2 : at].decode("utf-8")))
             return cls(tuple(fields))
         except (struct.error, UnicodeDecodeError, ConfigError) as error:
@@ -102,7 +121,9 @@ class Namespace:
         object.__setattr__(self, "digest", hashlib.sha256(data).digest()[:16])
 
     def object_name(self, key: str) -> str:
-        """Name of the page with this key in a store. Raises `ConfigError` for an empty or overlong key."""
+        """Name of the page with this key in a store. Raises `ConfigError` for an empty or overlong
+        key.
+        """
         return object_name(self.digest, key)
 
 

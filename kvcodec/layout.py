@@ -97,7 +97,9 @@ class Stream:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageLayout:
-    """The exact shape of one raw page. Another shape is another layout; the axis order in memory is not part of it."""
+    """The exact shape of one raw page. Another shape is another layout; the axis order in memory is
+    not part of it.
+    """
 
     dtype: DType
     token_count: int
@@ -194,9 +196,9 @@ class PageLayout:
 class StreamStrides:
     """Distances in bytes between the rows of one stream.
 
-    Row (layer, head, token) lies at
-    ``base + layer*layer_bytes + (head // group_heads)*group_bytes + (head % group_heads)*head_bytes + token*token_bytes``;
-    the elements of a row are contiguous. `group_heads` equals the head count where heads have one stride.
+    Row (layer, head, token) lies at ``base + layer*layer_bytes + (head // group_heads)*group_bytes
+    + (head % group_heads)*head_bytes + token*token_bytes``; the elements of a row are contiguous.
+    `group_heads` equals the head count where heads have one stride.
     """
 
     layer_bytes: int
@@ -208,7 +210,8 @@ class StreamStrides:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PageViews:
-    """Raw pages in somebody's memory: one layout, one set of strides, and a base address per page and stream.
+    """Raw pages in somebody's memory: one layout, one set of strides, and a base address per page
+    and stream.
 
     `bases` has shape (pages, streams). `owner` keeps the memory alive. Nothing is copied.
     """
@@ -220,7 +223,9 @@ class PageViews:
 
     def __post_init__(self) -> None:
         if self.bases.dtype != np.uint64 or self.bases.ndim != 2:
-            raise ConfigError(f"bases are {self.bases.dtype} {self.bases.shape}, wanted uint64 (pages, streams)")
+            raise ConfigError(
+                f"bases are {self.bases.dtype} {self.bases.shape}, wanted uint64 (pages, streams)"
+            )
         if not len(self.strides) == self.bases.shape[1] == len(self.layout.streams):
             raise ConfigError(
                 f"{len(self.layout.streams)} streams, {len(self.strides)} strides, "
@@ -241,22 +246,35 @@ class PageViews:
 
     @classmethod
     def of_arrays(cls, layout: PageLayout, arrays: Sequence[npt.NDArray[np.generic]]) -> PageViews:
-        """Views of numpy arrays, one per stream, each (pages, layers, heads, tokens, head_size) in any strides.
+        """Views of numpy arrays, one per stream, each (pages, layers, heads, tokens, head_size) in
+        any strides.
 
         The last axis must be contiguous; the item size must be that of the layout's element type.
         """
         strides = []
         for stream, array in zip(layout.streams, arrays, strict=True):
             shape = (layout.layer_count, stream.head_count, layout.token_count, stream.head_size)
-            if array.ndim != 5 or array.shape[1:] != shape or array.itemsize != layout.dtype.itemsize:
+            if (
+                array.ndim != 5
+                or array.shape[1:] != shape
+                or array.itemsize != layout.dtype.itemsize
+            ):
                 raise ConfigError(
-                    f"the {stream.role.text} array is {array.shape} of {array.itemsize}-byte elements, wanted "
+                    f"the {stream.role.text} array is {array.shape} of {array.itemsize}-byte "
+                    f"elements, wanted "
                     f"(pages, {', '.join(map(str, shape))}) of {layout.dtype.itemsize}"
                 )
             if stream.head_size > 1 and array.strides[4] != array.itemsize:
-                raise ConfigError(f"rows of the {stream.role.text} array are not contiguous: stride {array.strides[4]}")
+                raise ConfigError(
+                    f"rows of the {stream.role.text} array are not contiguous: their stride is "
+                    f"{array.strides[4]}"
+                )
             strides.append(
-                StreamStrides(layer_bytes=array.strides[1], head_bytes=array.strides[2], token_bytes=array.strides[3])
+                StreamStrides(
+                    layer_bytes=array.strides[1],
+                    head_bytes=array.strides[2],
+                    token_bytes=array.strides[3],
+                )
             )
         page_count = {array.shape[0] for array in arrays}
         if len(page_count) != 1:

@@ -1,7 +1,8 @@
-"""The codec in plain numpy, laid out like section 3 of proto/FORMAT.md: slow, and the oracle of the tests.
+"""The codec in plain numpy, laid out like section 3 of proto/FORMAT.md: slow, and the oracle of the
+tests.
 
-Rows are arrays of element *bits* of shape (heads, tokens, head_size): uint16 for bf16 and fp16, uint32 for fp32, uint8
-for everything else.
+Rows are arrays of element *bits* of shape (heads, tokens, head_size): uint16 for bf16 and fp16,
+uint32 for fp32, uint8 for everything else.
 """
 
 from __future__ import annotations
@@ -66,8 +67,12 @@ def _smallest(groups: Float32) -> Float32:
     return np.where(keys < 0, keys ^ np.int32(0x7FFFFFFF), keys).astype(np.int32).view(np.float32)
 
 
-def _encode_groups(groups: Float32, dtype: DType, codec: SectionCodec) -> tuple[Bits, Bits, npt.NDArray[np.bool_]]:
-    """3.4 for groups along the last axis: parameters, codes, and which groups lie outside the domain."""
+def _encode_groups(
+    groups: Float32, dtype: DType, codec: SectionCodec
+) -> tuple[Bits, Bits, npt.NDArray[np.bool_]]:
+    """3.4 for groups along the last axis: parameters, codes, and which groups lie outside the
+    domain.
+    """
     bits = codec.bits
     with np.errstate(all="ignore"):
         outside = ~(np.abs(groups) < _DOMAIN).all(axis=-1)
@@ -76,7 +81,9 @@ def _encode_groups(groups: Float32, dtype: DType, codec: SectionCodec) -> tuple[
             zero = _smallest(groups)
             if dtype is DType.FP32:  # round down to bf16
                 raw = zero.view(np.uint32)
-                away = np.where((raw >> 31) & ((raw & 0xFFFF) != 0), np.uint32(0x10000), np.uint32(0))
+                away = np.where(
+                    (raw >> 31) & ((raw & 0xFFFF) != 0), np.uint32(0x10000), np.uint32(0)
+                )
                 zero = ((raw & np.uint32(0xFFFF0000)) + away).astype(np.uint32).view(np.float32)
             span = groups.max(axis=-1) - zero
             factor = np.float32(1.0 / (2**bits - 1))
@@ -89,7 +96,9 @@ def _encode_groups(groups: Float32, dtype: DType, codec: SectionCodec) -> tuple[
         value = (scale.astype(np.uint32) << np.uint32(16)).view(np.float32)
         inverse = np.where(scale > 0, np.float32(1) / value, np.float32(0)).astype(np.float32)
         distance = groups - zero[..., None]
-        codes = np.rint(distance.astype(np.float64) * inverse[..., None].astype(np.float64)).astype(np.int64)
+        codes = np.rint(distance.astype(np.float64) * inverse[..., None].astype(np.float64)).astype(
+            np.int64
+        )
     if not codec.asymmetric:
         codes += 1 << (bits - 1)
     assert ((codes >= 0) & (codes < 1 << bits)).all()
@@ -107,7 +116,9 @@ def _slices(length: int, size: int) -> list[slice]:
 
 
 def encode_section(rows: Bits, dtype: DType, codec: SectionCodec) -> tuple[bytes, int]:
-    """The stored bytes of a section without padding, and how many of its groups lie outside the domain."""
+    """The stored bytes of a section without padding, and how many of its groups lie outside the
+    domain.
+    """
     heads, tokens, size = rows.shape
     codec = codec.resolved(size, tokens)
     if codec.kind is Kind.RAW:
@@ -129,16 +140,20 @@ def encode_section(rows: Bits, dtype: DType, codec: SectionCodec) -> tuple[bytes
     return stored, sum(int(part[2].sum()) for part in parts)
 
 
-def decode_section(stored: bytes, shape: tuple[int, int, int], dtype: DType, codec: SectionCodec) -> Bits:
+def decode_section(
+    stored: bytes, shape: tuple[int, int, int], dtype: DType, codec: SectionCodec
+) -> Bits:
     """The rows (heads, tokens, head_size) of a section from its stored bytes."""
     heads, tokens, size = shape
     codec = codec.resolved(size, tokens)
     if codec.kind is Kind.RAW:
         bits_type = _BITS.get(dtype, np.uint8)
         return np.frombuffer(stored, bits_type, heads * tokens * size).reshape(shape).copy()
-    count = parameter_bytes(dtype, Stream(Role.KEY, heads, size), tokens, codec)
+    count = parameter_bytes(Stream(Role.KEY, heads, size), tokens, codec)
     packed = stored[pad64(count) :]
-    parameters = np.frombuffer(stored[:count], "<u4" if codec.asymmetric else "<u2").astype(np.uint32)
+    parameters = np.frombuffer(stored[:count], "<u4" if codec.asymmetric else "<u2").astype(
+        np.uint32
+    )
     channel = codec.axis is Axis.CHANNEL
     length = tokens if channel else size
     groups = -(-length // codec.group_size)
@@ -151,7 +166,9 @@ def decode_section(stored: bytes, shape: tuple[int, int, int], dtype: DType, cod
         parameters = parameters.reshape(heads, tokens, groups)[:, :, index]
     if codec.asymmetric:
         scale, zero = parameters >> 16, parameters & 0xFFFF
-        offset = to_float32(zero.astype(np.uint16), DType.FP16 if dtype is DType.FP16 else DType.BF16)
+        offset = to_float32(
+            zero.astype(np.uint16), DType.FP16 if dtype is DType.FP16 else DType.BF16
+        )
     else:
         scale, offset = parameters, np.zeros(parameters.shape, np.float32)
         codes = codes - (1 << (codec.bits - 1))
@@ -191,7 +208,7 @@ def _unpack_rows(packed: bytes, shape: tuple[int, int, int], bits: int) -> npt.N
 
 
 def _pack_channels(codes: Bits, bits: int) -> bytes:
-    """`codes` is (heads, channels, tokens); a 32-bit word holds consecutive tokens of one channel."""
+    """`codes` is (heads, channels, tokens); a word holds consecutive tokens of one channel."""
     heads, channels, tokens = codes.shape
     per_word = 32 // bits
     words = -(-tokens // per_word)
@@ -202,7 +219,9 @@ def _pack_channels(codes: Bits, bits: int) -> bytes:
     return packed.transpose(0, 2, 1).astype("<u4").tobytes()
 
 
-def _unpack_channels(packed: bytes, shape: tuple[int, int, int], bits: int) -> npt.NDArray[np.int64]:
+def _unpack_channels(
+    packed: bytes, shape: tuple[int, int, int], bits: int
+) -> npt.NDArray[np.int64]:
     heads, tokens, channels = shape
     per_word = 32 // bits
     words = -(-tokens // per_word)

@@ -37,8 +37,8 @@ _CODEC_TEXT = re.compile(r"int([248])(-channel)?(-asym)?(?:-g([1-9]\d{0,8}))?")
 class SectionCodec:
     """How one stream of one layer is encoded.
 
-    `group_size` elements share a scale; -1 is the whole row (or, per channel, all tokens of the page). A group never leaves
-    its row or its page, so a larger number means the same as -1.
+    `group_size` elements share a scale; -1 is the whole row (or, per channel, all tokens of the
+    page). A group never leaves its row or its page, so a larger number means the same as -1.
     """
 
     kind: Kind = Kind.RAW
@@ -49,13 +49,22 @@ class SectionCodec:
 
     def __post_init__(self) -> None:
         if self.kind is Kind.RAW:
-            if (self.bits, self.asymmetric, self.axis, self.group_size) != (0, False, Axis.TOKEN, -1):
+            if (self.bits, self.asymmetric, self.axis, self.group_size) != (
+                0,
+                False,
+                Axis.TOKEN,
+                -1,
+            ):
                 raise ConfigError("a raw section has no bits, symmetry, axis or group")
             return
         if self.bits not in (2, 4, 8):
-            raise ConfigError(f"int codec with {self.bits} bits; allowed are 2, 4 and 8 (16 is raw)")
+            raise ConfigError(
+                f"int codec with {self.bits} bits; allowed are 2, 4 and 8 (16 is raw)"
+            )
         if self.group_size != -1 and not 1 <= self.group_size <= 999_999_999:
-            raise ConfigError(f"group size {self.group_size}; allowed is 1 and up, or -1 for the whole row")
+            raise ConfigError(
+                f"group size {self.group_size}; allowed is 1 and up, or -1 for the whole row"
+            )
 
     @classmethod
     def integer(
@@ -66,12 +75,15 @@ class SectionCodec:
 
     @classmethod
     def parse(cls, text: str) -> SectionCodec:
-        """``raw``, ``int8-g128``, ``int4-asym-g64``, ``int4-channel-asym``: the inverse of `text`."""
+        """``raw``, ``int8-g128``, ``int4-asym-g64``, ``int4-channel-asym``: inverse of `text`."""
         if text == "raw":
             return cls()
         match = _CODEC_TEXT.fullmatch(text)
         if match is None:
-            raise ConfigError(f"codec {text!r}; wanted raw or int{{2,4,8}}[-channel][-asym][-gN], such as int4-g64")
+            raise ConfigError(
+                f"codec {text!r}; wanted raw or int{{2,4,8}}[-channel][-asym][-gN], "
+                f"such as int4-g64"
+            )
         bits, channel, asym, group = match.groups()
         return cls.integer(
             int(bits),
@@ -97,13 +109,16 @@ class SectionCodec:
         if self.kind is Kind.RAW:
             return self
         length = token_count if self.axis is Axis.CHANNEL else head_size
-        return replace(self, group_size=length if self.group_size == -1 else min(self.group_size, length))
+        return replace(
+            self, group_size=length if self.group_size == -1 else min(self.group_size, length)
+        )
 
 
 RAW = SectionCodec()
 
-#: Name -> text. `g64`, symmetric and per token are KVTuner's defaults; 2 bits are asymmetric, because a symmetric
-#: 2-bit code has three levels; the channel presets are KIVI's: keys per channel, values per token.
+#: Name -> text. `g64`, symmetric and per token are KVTuner's defaults; 2 bits are asymmetric,
+#: because a symmetric 2-bit code has three levels; the channel presets are KIVI's: keys per
+#: channel, values per token.
 PRESETS: Mapping[str, str] = {
     "raw": "key=raw value=raw",
     "kv8": "key=int8-g64 value=int8-g64",
@@ -145,9 +160,10 @@ SPEC_OPTIONS = frozenset(
 class CodecSpec:
     """The encoding of a whole page.
 
-    `layers` overrides keys and values of single layers (absolute index, key, value), ascending. An MLA latent takes whichever
-    of the key's and the value's codec has more bits, because it serves as both. `rope` is the codec of MLA's RoPE part; None means the
-    key's, but never below 8 bits. Element types that cannot be quantized (fp8, bytes) are stored raw.
+    `layers` overrides keys and values of single layers (absolute index, key, value), ascending. An
+    MLA latent takes whichever of the key's and the value's codec has more bits, because it serves
+    as both. `rope` is the codec of MLA's RoPE part; None means the key's, but never below 8 bits.
+    Element types that cannot be quantized (fp8, bytes) are stored raw.
     """
 
     key: SectionCodec = RAW
@@ -187,7 +203,9 @@ class CodecSpec:
 
     @property
     def text(self) -> str:
-        """Canonical text: ``key=int4-g64 value=int4-g64 [rope=int8-g64] [layer.3=int8-g64,int4-g64 ...]``."""
+        """Canonical text: ``key=int4-g64 value=int4-g64 [rope=int8-g64] [layer.3=int8-g64,int4-g64
+        ...]``.
+        """
         words = [f"key={self.key.text}", f"value={self.value.text}"]
         if self.rope is not None:
             words.append(f"rope={self.rope.text}")
@@ -196,13 +214,17 @@ class CodecSpec:
 
     @classmethod
     def from_options(cls, options: Mapping[str, object]) -> CodecSpec:
-        """A spec from user options: `preset` (default ``kv4``) or `spec` (text), then KVTuner's names on top.
+        """A spec from user options: `preset` (default ``kv4``) or `spec` (text), then KVTuner's
+        names on top.
 
-        Raises `ConfigError` for an unknown name, a value out of range, or two options that exclude each other.
+        Raises `ConfigError` for an unknown name, a value out of range, or two options that exclude
+        each other.
         """
         unknown = sorted(set(options) - SPEC_OPTIONS)
         if unknown:
-            raise ConfigError(f"unknown codec option {unknown[0]!r}; known are {', '.join(sorted(SPEC_OPTIONS))}")
+            raise ConfigError(
+                f"unknown codec option {unknown[0]!r}; known are {', '.join(sorted(SPEC_OPTIONS))}"
+            )
         if "spec" in options and "preset" in options:
             raise ConfigError("give either 'preset' or 'spec', not both")
         base = cls.parse(_text("spec" if "spec" in options else "preset", options, "kv4"))
@@ -218,7 +240,10 @@ class CodecSpec:
                 _with_bits(value, entry.get("nbits_value"), f"layer {layer}: nbits_value", options),
             )
         return replace(
-            base, key=key, value=value, layers=tuple((layer, *layers[layer]) for layer in sorted(layers))
+            base,
+            key=key,
+            value=value,
+            layers=tuple((layer, *layers[layer]) for layer in sorted(layers)),
         )
 
     def section_codecs(self, layout: PageLayout) -> tuple[SectionCodec, ...]:
@@ -229,7 +254,11 @@ class CodecSpec:
         for layer in range(layout.layer_start, end):
             key, value = overrides.get(layer, (self.key, self.value))
             for stream in layout.streams:
-                codec = self._role_codec(stream.role, key, value) if layout.dtype.is_quantizable else RAW
+                codec = (
+                    self._role_codec(stream.role, key, value)
+                    if layout.dtype.is_quantizable
+                    else RAW
+                )
                 codecs.append(codec.resolved(stream.head_size, layout.token_count))
         return tuple(codecs)
 
@@ -252,7 +281,10 @@ def _quality_bits(codec: SectionCodec) -> int:
 
 
 def _unknown_spec(text: str) -> str:
-    return f"codec spec {text!r}; wanted a preset ({', '.join(PRESETS)}) or a text such as 'key=int8-g64 value=int4-g64'"
+    return (
+        f"codec spec {text!r}; wanted a preset ({', '.join(PRESETS)}) or a text such as "
+        f"'key=int8-g64 value=int4-g64'"
+    )
 
 
 def _text(name: str, options: Mapping[str, object], default: str) -> str:
@@ -289,8 +321,12 @@ def _override(codec: SectionCodec, which: str, options: Mapping[str, object]) ->
     return codec
 
 
-def _with_bits(codec: SectionCodec, bits: object, name: str, options: Mapping[str, object]) -> SectionCodec:
-    """`codec` with another number of bits; 16 is raw. Fewer than 4 bits turn asymmetric unless `asym` says otherwise."""
+def _with_bits(
+    codec: SectionCodec, bits: object, name: str, options: Mapping[str, object]
+) -> SectionCodec:
+    """`codec` with another number of bits; 16 is raw. Fewer than 4 bits turn asymmetric unless
+    `asym` says otherwise.
+    """
     if bits is None:
         return codec
     if isinstance(bits, bool) or bits not in (2, 4, 8, 16):
@@ -305,7 +341,9 @@ def _with_bits(codec: SectionCodec, bits: object, name: str, options: Mapping[st
 
 
 def _layer_table(options: Mapping[str, object]) -> dict[int, Mapping[str, object]]:
-    """KVTuner's layer table: layer index -> {nbits_key, nbits_value}, from the option or from a YAML file."""
+    """KVTuner's layer table: layer index -> {nbits_key, nbits_value}, from the option or from a
+    YAML file.
+    """
     if "per_layer_config" in options and "per_layer_config_path" in options:
         raise ConfigError("give either 'per_layer_config' or 'per_layer_config_path', not both")
     if "per_layer_config_path" in options:
@@ -313,17 +351,28 @@ def _layer_table(options: Mapping[str, object]) -> dict[int, Mapping[str, object
         try:
             table = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"per_layer_config_path {str(path)!r} cannot be read: {error}") from error
+            raise ConfigError(
+                f"per_layer_config_path {str(path)!r} cannot be read: {error}"
+            ) from error
     else:
         table = options.get("per_layer_config", {})
     if not isinstance(table, Mapping):
-        raise ConfigError(f"the layer table is a {type(table).__name__}, wanted layer index -> nbits_key, nbits_value")
+        raise ConfigError(
+            f"the layer table is a {type(table).__name__}, wanted "
+            f"layer index -> nbits_key, nbits_value"
+        )
     layers: dict[int, Mapping[str, object]] = {}
     for layer, entry in table.items():
         index = int(layer) if isinstance(layer, str) and layer.isdecimal() else layer
         index = _integer("layer index in the layer table", index, "0 and up", 0, 2**31)
-        if not isinstance(entry, Mapping) or not set(entry) <= {"nbits_key", "nbits_value"} or not entry:
-            raise ConfigError(f"layer {index} of the layer table is {entry!r}, wanted nbits_key and nbits_value")
+        if (
+            not isinstance(entry, Mapping)
+            or not set(entry) <= {"nbits_key", "nbits_value"}
+            or not entry
+        ):
+            raise ConfigError(
+                f"layer {index} of the layer table is {entry!r}, wanted nbits_key and nbits_value"
+            )
         if index in layers:
             raise ConfigError(f"layer {index} appears twice in the layer table")
         layers[index] = entry

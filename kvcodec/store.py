@@ -1,7 +1,8 @@
 """PageStore: one namespace of pages, encoded by a spec, kept by a backend.
 
-Every call ends by its deadline and answers per page; what a store or a page does wrong is a counter, never an exception.
-Encoding one chunk of a batch overlaps writing another; reading one overlaps decoding another.
+Every call ends by its deadline and answers per page; what a store or a page does wrong is a
+counter, never an exception. Encoding one chunk of a batch overlaps writing another; reading one
+overlaps decoding another.
 """
 
 from __future__ import annotations
@@ -17,10 +18,18 @@ import numpy as np
 
 from kvcodec.backend import Backend, GetResult, PutResult, open_backend
 from kvcodec.codec import Codec
-from kvcodec.errors import BackendError, BackendFull, BackendReadOnly, BackendTimeout, ConfigError, PageError
-from kvcodec.format import PagePlan, section_stored_bytes
+from kvcodec.errors import (
+    BackendError,
+    BackendFull,
+    BackendReadOnly,
+    BackendTimeout,
+    ConfigError,
+    PageError,
+)
+from kvcodec.format import section_stored_bytes
 from kvcodec.identity import MAX_KEY_BYTES, Namespace, encode_key
 from kvcodec.layout import PageLayout, PageViews
+from kvcodec.plan import PagePlan
 from kvcodec.spec import CodecSpec, Kind
 from kvcodec.transfer import Chunk, Transfer
 from kvcodec.workers import Buffers, Counters, IOThreads
@@ -41,7 +50,8 @@ T = TypeVar("T")
 class StoreOptions:
     """How much a pipeline may use, and how long a call may take.
 
-    `buffer_bytes` bounds staging memory. A stored page with fewer than `minimum_bits` bits per element is a miss.
+    `buffer_bytes` bounds staging memory. A stored page with fewer than `minimum_bits` bits per
+    element is a miss.
     """
 
     codec_threads: int = 2
@@ -64,7 +74,11 @@ class StoreOptions:
         ):
             value = getattr(self, name)
             allowed = int if whole else int | float
-            if isinstance(value, bool) or not isinstance(value, allowed) or not low <= value <= high:
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, allowed)
+                or not low <= value <= high
+            ):
                 kind = "a whole number" if whole else "a number"
                 raise ConfigError(f"{name} is {value!r}, allowed is {kind} from {low} to {high}")
 
@@ -72,8 +86,8 @@ class StoreOptions:
 class Pipeline:
     """A backend with the threads, buffers and counters that the page stores of one process share.
 
-    Counters are named ``operation.outcome``, such as ``prefetch.hit``, ``prefetch.corrupt:section_checksum``,
-    ``backup.stored`` or ``backup.full``.
+    Counters are named ``operation.outcome``, such as ``prefetch.hit``,
+    ``prefetch.corrupt:section_checksum``, ``backup.stored`` or ``backup.full``.
     """
 
     def __init__(self, backend: Backend, options: StoreOptions | None = None) -> None:
@@ -92,13 +106,18 @@ class Pipeline:
     def guarded(self, operation: str, call: Callable[[], T]) -> T | None:
         """The result of a backend call; None, counted and logged once, if it raises.
 
-        A backend answers with errors and raises none; but it may be anybody's code, and an I/O thread must outlive it.
+        A backend answers with errors and raises none; but it may be anybody's code, and an I/O
+        thread must outlive it.
         """
         try:
             return call()
         except Exception as error:  # noqa: BLE001 - the border to code that is not ours
             if f"{operation}.raised" not in self.counts.snapshot():
-                logger.warning("the backend raised during %s; further ones are only counted: %r", operation, error)
+                logger.warning(
+                    "the backend raised during %s; further ones are only counted: %r",
+                    operation,
+                    error,
+                )
             self.counts.add(f"{operation}.raised")
             return None
 
@@ -122,7 +141,8 @@ class PageStore:
     ) -> None:
         """`protected_spec` encodes the pages that a backup marks as protected (default raw).
 
-        Raises `ConfigError` where a spec cannot be honoured for this layout, or a page does not fit the buffers.
+        Raises `ConfigError` where a spec cannot be honoured for this layout, or a page does not fit
+        the buffers.
         """
         self._pipeline = pipeline
         self.namespace = namespace
@@ -139,8 +159,13 @@ class PageStore:
                 f"buffer_bytes is {pipeline.options.buffer_bytes}; two pages of this layout take "
                 f"{2 * self._row_bytes}: raise buffer_bytes or use smaller pages"
             )
-        wanted = max(pipeline.backend.batch_size, min(_CHUNK_BYTES // self.plan().page_bytes, _MAX_CHUNK_PAGES))
-        self._chunk_pages = max(1, min(wanted, pipeline.options.buffer_bytes // (2 * self._row_bytes)))
+        wanted = max(
+            pipeline.backend.batch_size,
+            min(_CHUNK_BYTES // self.plan().page_bytes, _MAX_CHUNK_PAGES),
+        )
+        self.chunk_pages = max(
+            1, min(wanted, pipeline.options.buffer_bytes // (2 * self._row_bytes))
+        )
 
     @property
     def layout(self) -> PageLayout:
@@ -169,17 +194,22 @@ class PageStore:
     ) -> list[bool]:
         """Encode pages and store them; True where the page is stored now.
 
-        Takes at most the time-outs of an exists and of a backup together.
-        A page that is stored already is not written again. A page with values outside the codec's domain is stored raw.
+        Takes at most the time-outs of an exists and of a backup together. A page that is stored
+        already is not written again. A page with values outside the codec's domain is stored raw.
         Nothing is read from `views` after this returns.
         """
         names = self._names(keys)
         results = [
-            there and name not in self._rewrite for there, name in zip(self._exists(names), names, strict=True)
+            there and name not in self._rewrite
+            for there, name in zip(self._exists(names), names, strict=True)
         ]
         todo = [index for index, stored in enumerate(results) if not stored]
         self._count("backup.present", len(keys) - len(todo))
-        marks = ["protected" if mark else "plain" for mark in protected] if protected else ["plain"] * len(keys)
+        marks = (
+            ["protected" if mark else "plain" for mark in protected]
+            if protected
+            else ["plain"] * len(keys)
+        )
 
         def encode(chunk: Chunk) -> None:
             self._encode(chunk, marks[chunk.indices[0]], keys, views)
@@ -212,14 +242,18 @@ class PageStore:
     def prefetch(self, keys: Sequence[str], views: PageViews) -> list[bool]:
         """Read pages, verify them and decode them into `views`; True where the page is there now.
 
-        Nothing is written to `views` after this returns. A page that turns out damaged is removed from the store.
+        Nothing is written to `views` after this returns. A page that turns out damaged is removed
+        from the store.
         """
         names = self._names(keys)
         results = [False] * len(keys)
         deadline = time.monotonic() + self._pipeline.options.prefetch_timeout_seconds
 
         def get(chunk: Chunk, seconds: float) -> list[GetResult] | None:
-            wanted, rows = [names[index] for index in chunk.indices], [memoryview(row) for row in chunk.rows]
+            wanted, rows = (
+                [names[index] for index in chunk.indices],
+                [memoryview(row) for row in chunk.rows],
+            )
             backend = self._pipeline.backend
             return self._pipeline.guarded(
                 "prefetch", lambda: backend.get_into(wanted, rows, timeout_seconds=seconds)
@@ -247,7 +281,7 @@ class PageStore:
 
         self._transfer(self._pipeline.options.prefetch_timeout_seconds).run(
             self._runs(list(range(len(keys))), keys, ["plain"] * len(keys)),
-            prepare=lambda chunk: None,
+            prepare=lambda _: None,
             work=get,
             settle=settle,
             drop=lambda indices: self._count("prefetch.dropped", len(indices)),
@@ -279,7 +313,9 @@ class PageStore:
     def _exists(self, names: list[str]) -> list[bool]:
         backend, timeout = self._pipeline.backend, self._pipeline.options.exists_timeout_seconds
         answer = self._pipeline.io.call(
-            lambda: self._pipeline.guarded("exists", lambda: backend.exists(names, timeout_seconds=timeout)),
+            lambda: self._pipeline.guarded(
+                "exists", lambda: backend.exists(names, timeout_seconds=timeout)
+            ),
             None,
             timeout,
         )
@@ -289,7 +325,9 @@ class PageStore:
         return answer
 
     def _encode(self, chunk: Chunk, which: str, keys: Sequence[str], views: PageViews) -> None:
-        """Fill `chunk.pages` from the views; a page with values the codec cannot hold is encoded again, raw."""
+        """Fill `chunk.pages` from the views; a page with values the codec cannot hold is encoded
+        again, raw.
+        """
         data = [encode_key(keys[index]) for index in chunk.indices]
         plan, raw = self.plan(which, len(data[0])), self.plan("raw", len(data[0]))
         selected, codec = views.select(chunk.indices), self._pipeline.codec
@@ -324,7 +362,9 @@ class PageStore:
         )
 
     def _reject(self, name: str, reason: str, *, heal: bool) -> None:
-        """Count a page that is not what was asked for. The next backup writes it again; a damaged one goes at once."""
+        """Count a page that is not what was asked for. The next backup writes it again; a damaged
+        one goes at once.
+        """
         self._count(f"prefetch.{reason}")
         self._rewrite[name] = None
         if len(self._rewrite) > _REMEMBERED_NAMES:
@@ -333,7 +373,9 @@ class PageStore:
             backend, timeout = self._pipeline.backend, self._pipeline.options.backup_timeout_seconds
 
             def delete() -> None:
-                self._pipeline.guarded("heal", lambda: backend.delete([name], timeout_seconds=timeout))
+                self._pipeline.guarded(
+                    "heal", lambda: backend.delete([name], timeout_seconds=timeout)
+                )
 
             self._pipeline.io.submit(delete)
 
@@ -342,16 +384,21 @@ class PageStore:
             self._pipeline.io,
             self._pipeline.buffers,
             row_bytes=self._row_bytes,
-            chunk_pages=self._chunk_pages,
+            chunk_pages=self.chunk_pages,
             deadline=time.monotonic() + timeout_seconds,
         )
 
-    def _runs(self, indices: list[int], keys: Sequence[str], marks: Sequence[str]) -> Iterator[list[int]]:
-        """Cut a batch into runs of pages with one plan, small enough that work on several overlaps."""
+    def _runs(
+        self, indices: list[int], keys: Sequence[str], marks: Sequence[str]
+    ) -> Iterator[list[int]]:
+        """Cut a batch into runs of pages with one plan, small enough that several overlap."""
         run: list[int] = []
         for index in indices:
             kind = (marks[index], len(encode_key(keys[index])))
-            if run and (len(run) == self._chunk_pages or kind != (marks[run[0]], len(encode_key(keys[run[0]])))):
+            if run and (
+                len(run) == self.chunk_pages
+                or kind != (marks[run[0]], len(encode_key(keys[run[0]])))
+            ):
                 yield run
                 run = []
             run.append(index)
@@ -369,18 +416,27 @@ def open_store(
 
 def _label(error: BackendError) -> str:
     """Short name of a backend's answer, for a counter."""
-    for kind, label in ((BackendTimeout, "timeout"), (BackendFull, "full"), (BackendReadOnly, "read_only")):
+    for kind, label in (
+        (BackendTimeout, "timeout"),
+        (BackendFull, "full"),
+        (BackendReadOnly, "read_only"),
+    ):
         if isinstance(error, kind):
             return label
     return "error"
 
 
 def _check_spec(spec: CodecSpec, layout: PageLayout, minimum_bits: int) -> None:
-    """Raise `ConfigError` for a section that would not shrink, a layer that is not there, or too few bits."""
+    """Raise `ConfigError` for a section that would not shrink, a layer that is not there, or too
+    few bits.
+    """
     layers = [layer for layer, _, _ in spec.layers]
-    if layers and not any(layout.layer_start <= layer < layout.layer_start + layout.layer_count for layer in layers):
+    if layers and not any(
+        layout.layer_start <= layer < layout.layer_start + layout.layer_count for layer in layers
+    ):
         raise ConfigError(
-            f"the layer table names layers {layers[0]} to {layers[-1]}; this rank has {layout.layer_start} to "
+            f"the layer table names layers {layers[0]} to {layers[-1]}; this rank has "
+            f"{layout.layer_start} to "
             f"{layout.layer_start + layout.layer_count - 1}"
         )
     for index, codec in enumerate(spec.section_codecs(layout)):
@@ -391,8 +447,10 @@ def _check_spec(spec: CodecSpec, layout: PageLayout, minimum_bits: int) -> None:
         raw = layout.section_raw_bytes(stream)
         if stored >= raw:
             raise ConfigError(
-                f"{codec.text} makes a {stream.role.text} section of {raw} bytes {stored} bytes long: use more tokens per "
-                f"page than {layout.token_count}, a larger group, or per-token groups"
+                f"{codec.text} turns a {stream.role.text} section of {raw} bytes into {stored}: use "
+                f"more tokens per page than {layout.token_count}, a larger group, or per-token groups"
             )
         if codec.bits < minimum_bits:
-            raise ConfigError(f"minimum_bits is {minimum_bits}, but the spec itself stores {codec.text}")
+            raise ConfigError(
+                f"minimum_bits is {minimum_bits}, but the spec itself stores {codec.text}"
+            )

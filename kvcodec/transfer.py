@@ -21,7 +21,9 @@ Answer = TypeVar("Answer")
 
 @dataclass(slots=True, eq=False)
 class Chunk:
-    """Some pages of a batch: their places in it, and a staging buffer with one row of bytes per page."""
+    """Some pages of a batch: their places in it, and a staging buffer with one row of bytes per
+    page.
+    """
 
     indices: list[int]
     buffer: npt.NDArray[np.uint8]
@@ -30,9 +32,13 @@ class Chunk:
 
 
 class Transfer(Generic[Answer]):
-    """The chunks of one call. At its deadline the call leaves; a buffer still in use follows when its thread is done."""
+    """The chunks of one call. At its deadline the call leaves; a buffer still in use follows when
+    its thread is done.
+    """
 
-    def __init__(self, io: IOThreads, buffers: Buffers, *, row_bytes: int, chunk_pages: int, deadline: float) -> None:
+    def __init__(
+        self, io: IOThreads, buffers: Buffers, *, row_bytes: int, chunk_pages: int, deadline: float
+    ) -> None:
         self._io = io
         self._buffers = buffers
         self._row_bytes = row_bytes
@@ -52,10 +58,11 @@ class Transfer(Generic[Answer]):
         settle: Callable[[Chunk, Answer | None], None],
         drop: Callable[[list[int]], None],
     ) -> None:
-        """For every run of page indices: `prepare` here, `work` on an I/O thread, `settle` here again.
+        """For every run of page indices: `prepare` here, `work` on an I/O thread, `settle` here
+        again.
 
-        `work` gets the seconds left and must not raise. While one chunk is worked on, others are prepared and settled.
-        `drop` is told of pages that found no buffer, no thread or no time.
+        `work` gets the seconds left and must not raise. While one chunk is worked on, others are
+        prepared and settled. `drop` is told of pages that found no buffer, no thread or no time.
         """
         try:
             for indices in runs:
@@ -83,7 +90,9 @@ class Transfer(Generic[Answer]):
                 return
         self._buffers.release(chunk.buffer)
 
-    def _acquire(self, indices: list[int], settle: Callable[[Chunk, Answer | None], None]) -> Chunk | None:
+    def _acquire(
+        self, indices: list[int], settle: Callable[[Chunk, Answer | None], None]
+    ) -> Chunk | None:
         """A staging buffer; while there is none, answers are settled, which gives buffers back."""
         while True:
             seconds = self._deadline - time.monotonic()

@@ -1,4 +1,6 @@
-"""What the pipeline of a store is made of: daemon threads for I/O, and a bounded set of staging buffers."""
+"""What the pipeline of a store is made of: daemon threads for I/O, and a bounded set of staging
+buffers.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,9 @@ class Counters:
 class IOThreads:
     """A fixed number of daemon threads that run blocking store calls.
 
-    Daemon, because a call into a dead mount cannot be interrupted: neither the engine nor the end of the process may wait
-    for it. At most `limit` tasks wait; more are refused, so a hanging store costs no memory.
+    Daemon, because a call into a dead mount cannot be interrupted: neither the engine nor the end
+    of the process may wait for it. At most `limit` tasks wait; more are refused, so a hanging store
+    costs no memory.
     """
 
     def __init__(self, count: int, limit: int = 256) -> None:
@@ -50,12 +53,16 @@ class IOThreads:
         self._closed = False
 
     def submit(self, task: Callable[[], None]) -> bool:
-        """Run `task` (which must not raise) on some thread, soon. False if the queue is full or closed."""
+        """Run `task` (which must not raise) on some thread, soon. False if the queue is full or
+        closed.
+        """
         with self._lock:
             if self._closed:
                 return False
             if len(self._threads) < self._count:
-                thread = threading.Thread(target=self._run, name=f"kvcodec-io-{len(self._threads)}", daemon=True)
+                thread = threading.Thread(
+                    target=self._run, name=f"kvcodec-io-{len(self._threads)}", daemon=True
+                )
                 self._threads.append(thread)
                 thread.start()
         try:
@@ -96,14 +103,15 @@ class IOThreads:
 class Buffers:
     """Staging memory of at most `limit_bytes`, page-aligned, reused.
 
-    Memory never touched costs nothing, so a buffer may be as large as the worst case. A buffer held by a store call that hangs
-    is missing until the call ends; others then get None instead of memory without bound.
+    Memory never touched costs nothing, so a buffer may be as large as the worst case. A buffer held
+    by a store call that hangs is missing until the call ends; others then get None instead of
+    memory without bound.
     """
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self._free: list[npt.NDArray[np.uint8]] = []
-        self._total = 0
+        self.allocated_bytes = 0
         self._changed = threading.Condition()
 
     def acquire(self, size: int, timeout_seconds: float) -> npt.NDArray[np.uint8] | None:
@@ -114,10 +122,10 @@ class Buffers:
                 for index, buffer in enumerate(self._free):
                     if len(buffer) == size:
                         return self._free.pop(index)
-                while self._free and self._total + size > self.limit_bytes:
-                    self._total -= len(self._free.pop())
-                if self._total + size <= self.limit_bytes:
-                    self._total += size
+                while self._free and self.allocated_bytes + size > self.limit_bytes:
+                    self.allocated_bytes -= len(self._free.pop())
+                if self.allocated_bytes + size <= self.limit_bytes:
+                    self.allocated_bytes += size
                     break
                 if not self._changed.wait(max(0.0, deadline - time.monotonic())):
                     return None
