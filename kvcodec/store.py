@@ -447,8 +447,8 @@ def _check_spec(spec: CodecSpec, layout: PageLayout, minimum_bits: int) -> None:
         raw = layout.section_raw_bytes(stream)
         if stored >= raw:
             raise ConfigError(
-                f"{codec.text} turns a {stream.role.text} section of {raw} bytes into {stored}: use "
-                f"more tokens per page than {layout.token_count}, a larger group, or per-token groups"
+                f"{codec.text} turns a {stream.role.text} section of {raw} bytes into {stored}: "
+                f"use pages of more than {layout.token_count} tokens, or larger or per-token groups"
             )
         if codec.bits < minimum_bits:
             raise ConfigError(
