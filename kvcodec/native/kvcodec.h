@@ -5,6 +5,8 @@
  * compares a page's header with the template (decode). Numerics and section layout: proto/FORMAT.md, section 3.
  *
  * Rules for callers:
+ *  - The memory of a page that failed to decode may have been written in part, except after KVC_HEADER_DIFFERS,
+ *    KVC_BAD_HEADER_CHECKSUM and KVC_BAD_LENGTH.
  *  - Structures are versioned by KVC_ABI_VERSION; check kvc_abi_version() once.
  *  - A submitted batch borrows plan, pages, buffers and host memory until kvc_batch_wait() returned KVC_DONE and
  *    kvc_batch_free() was called. Nothing is copied but the structures themselves.
@@ -19,6 +21,13 @@
 
 #ifdef __cplusplus
 extern "C" {
+#endif
+
+/* The library is built with hidden visibility; only what is declared here leaves it. */
+#if defined(__GNUC__)
+#define KVC_EXPORT __attribute__((visibility("default")))
+#else
+#define KVC_EXPORT
 #endif
 
 #define KVC_ABI_VERSION 1u
@@ -37,7 +46,8 @@ enum {
   KVC_BAD_SECTION_CHECKSUM = 3, /* kvc_page.section tells which */
   KVC_BAD_LENGTH = 4,          /* encoded_bytes is not what the plan says */
   KVC_BAD_PADDING = 5,         /* a padding byte of a section is not zero */
-  KVC_CANCELLED = 6            /* the batch was cancelled before this page was done */
+  KVC_CANCELLED = 6,           /* the batch was cancelled before this page was done */
+  KVC_OUT_OF_MEMORY = 7        /* encode: a worker found no memory for a section */
 };
 
 /* Result of a call. */
@@ -101,36 +111,39 @@ typedef struct kvc_page {
 typedef struct kvc_pool kvc_pool;
 typedef struct kvc_batch kvc_batch;
 
-uint32_t kvc_abi_version(void);
+KVC_EXPORT uint32_t kvc_abi_version(void);
 
 /* Names of the instruction sets this library can use here, best first, comma separated; static storage. */
-const char* kvc_available_isas(void);
+KVC_EXPORT const char* kvc_available_isas(void);
 /* The one in use. KVCODEC_FORCE_ISA is read at the first call; an unknown or unavailable name gives "". */
-const char* kvc_current_isa(void);
+KVC_EXPORT const char* kvc_current_isa(void);
 /* Use another one from now on: KVC_DONE or KVC_UNKNOWN_ISA. For tests and benchmarks. */
-int kvc_set_isa(const char* name);
+KVC_EXPORT int kvc_set_isa(const char* name);
 
 /* XXH3-64, seed 0. */
-uint64_t kvc_checksum(const void* data, size_t bytes);
+KVC_EXPORT uint64_t kvc_checksum(const void* data, size_t bytes);
 
 /* Exact stored bytes of one section, 0 if the combination is not valid. */
-uint64_t kvc_section_bytes(uint32_t dtype, uint32_t head_count, uint32_t token_count, uint32_t head_size,
-                           uint32_t kind, uint32_t bits, uint32_t options, uint32_t group_size);
+KVC_EXPORT uint64_t kvc_section_bytes(uint32_t dtype, uint32_t head_count, uint32_t token_count, uint32_t head_size,
+                                      uint32_t kind, uint32_t bits, uint32_t options, uint32_t group_size);
 
 /* A pool of at most `threads` workers (1-64), started at first use. NULL: no memory or bad number. */
-kvc_pool* kvc_pool_create(uint32_t threads);
-/* Waits for running batches, ends the workers. */
-void kvc_pool_destroy(kvc_pool* pool);
+KVC_EXPORT kvc_pool* kvc_pool_create(uint32_t threads);
+/* Waits for running batches, ends the workers. Nobody may submit meanwhile; batches may be freed afterwards. */
+KVC_EXPORT void kvc_pool_destroy(kvc_pool* pool);
 
-/* Hands a batch to the workers and returns at once. KVC_DONE or KVC_BAD_ARGUMENT or KVC_NO_MEMORY. */
-int kvc_submit(kvc_pool* pool, int operation, const kvc_plan* plan, kvc_page* pages, size_t page_count,
-               kvc_batch** batch);
-/* KVC_DONE when every page has its status, KVC_PENDING after timeout_us microseconds (0: just look). */
-int kvc_batch_wait(kvc_batch* batch, uint64_t timeout_us);
+/* Hands a batch to the workers and returns at once; batches are begun in the order of their arrival.
+ * KVC_DONE; KVC_BAD_ARGUMENT: the plan contradicts itself, a pointer is NULL, or the forced instruction set is not there;
+ * KVC_NO_MEMORY: neither memory nor a single thread. */
+KVC_EXPORT int kvc_submit(kvc_pool* pool, int operation, const kvc_plan* plan, kvc_page* pages, size_t page_count,
+                          kvc_batch** batch);
+/* KVC_DONE when every page has its status, KVC_PENDING after timeout_us microseconds (0: just look).
+ * KVC_BAD_ARGUMENT in a forked child, for a batch that the parent had not finished: nobody works on it there. */
+KVC_EXPORT int kvc_batch_wait(kvc_batch* batch, uint64_t timeout_us);
 /* Pages not begun yet end as KVC_CANCELLED; wait afterwards as usual. */
-void kvc_batch_cancel(kvc_batch* batch);
-/* Only after KVC_DONE. */
-void kvc_batch_free(kvc_batch* batch);
+KVC_EXPORT void kvc_batch_cancel(kvc_batch* batch);
+/* Waits for the batch if it still runs, unless that happens in another process (see kvc_batch_wait). */
+KVC_EXPORT void kvc_batch_free(kvc_batch* batch);
 
 #ifdef __cplusplus
 }

@@ -1,7 +1,7 @@
 // The arithmetic of one element and one group, as proto/FORMAT.md 3.3 and 3.4 fix it.
 //
-// Everything has internal linkage on purpose: a file that is compiled for a newer instruction set must not lend its
-// copy of a function to the baseline path through the linker.
+// Everything has internal linkage on purpose: a file that is compiled for a newer instruction set
+// must not lend its copy of a function to the baseline path through the linker.
 #pragma once
 
 #include <cstddef>
@@ -40,7 +40,8 @@ inline void store16(uint8_t* target, uint32_t bits) {
 inline float float_of_bf16(uint16_t bits) { return float_of(static_cast<uint32_t>(bits) << 16); }
 
 inline float float_of_fp16(uint16_t bits) {
-  // The exponent is five bits in the place of eight: a product with 2^112 moves the bias, denormals included.
+  // The exponent is five bits in the place of eight: a product with 2^112 moves the bias, denormals
+  // included.
   const uint32_t magnitude = static_cast<uint32_t>(bits & 0x7FFF) << 13;
   const uint32_t special = magnitude >= 0x0F800000 ? 0x7F800000u : 0u;
   const uint32_t moved = bits_of(float_of(magnitude) * 0x1p112f);
@@ -106,7 +107,9 @@ inline int32_t ordered(uint32_t bits) {
   return key ^ (key >> 31 & 0x7FFFFFFF);
 }
 
-inline float float_of_ordered(int32_t key) { return float_of(static_cast<uint32_t>(ordered(static_cast<uint32_t>(key)))); }
+inline float float_of_ordered(int32_t key) {
+  return float_of(static_cast<uint32_t>(ordered(static_cast<uint32_t>(key))));
+}
 
 // What a group is encoded from.
 struct Range {
@@ -129,7 +132,7 @@ constexpr uint16_t kSmallestScale = 0x0080;  // 2^-126
 
 // D and E of the format.
 inline float symmetric_factor(uint32_t bits) {
-  return bits == 8 ? static_cast<float>(1 / (127.5 - 0x1p-10))
+  return bits == 8   ? static_cast<float>(1 / (127.5 - 0x1p-10))
          : bits == 4 ? static_cast<float>(1 / (7.5 - 0x1p-10))
                      : static_cast<float>(1 / (1.5 - 0x1p-10));
 }
@@ -191,14 +194,16 @@ template <typename Element>
 inline Quantizer quantizer_of(const Parameter& parameter, uint32_t bits, bool asymmetric) {
   const float scale = float_of_bf16(parameter.scale);
   const bool inside = parameter.scale != kNaNScale;
-  return {asymmetric ? Element::zero(parameter.zero) : 0.0f, inside && scale != 0 ? 1.0f / scale : 0.0f,
-          asymmetric ? 0u : 1u << (bits - 1), inside ? 0xFFu : 0u};
+  return {asymmetric ? Element::zero(parameter.zero) : 0.0f,
+          inside && scale != 0 ? 1.0f / scale : 0.0f, asymmetric ? 0u : 1u << (bits - 1),
+          inside ? 0xFFu : 0u};
 }
 
 inline uint32_t code_of(float value, float zero, float inverse, uint32_t bias, uint32_t keep) {
-  // The product of two binary32 is exact in binary64, and adding 1.5 * 2^52 rounds it to an integer like rint, which
-  // the baseline instruction set has only as a call.
-  const double rounded = static_cast<double>(value - zero) * static_cast<double>(inverse) + 0x1.8p52;
+  // The product of two binary32 is exact in binary64, and adding 1.5 * 2^52 rounds it to an integer
+  // like rint, which the baseline instruction set has only as a call.
+  const double rounded =
+      static_cast<double>(value - zero) * static_cast<double>(inverse) + 0x1.8p52;
   uint64_t bits;
   std::memcpy(&bits, &rounded, sizeof bits);
   return (static_cast<uint32_t>(bits) + bias) & keep;

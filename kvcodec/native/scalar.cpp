@@ -1,5 +1,6 @@
-// Portable kernels: what every other instruction set must equal byte for byte, and the way out for shapes that
-// their fast paths do not cover. They keep no state, so a faster kernel may hand any section over to them.
+// Portable kernels: what every other instruction set must equal byte for byte, and the way out for
+// shapes that their fast paths do not cover. They keep no state, so a faster kernel may hand any
+// section over to them.
 #include <algorithm>
 #include <cstring>
 
@@ -13,19 +14,24 @@
 namespace kvc {
 namespace {
 
-constexpr uint32_t kBlock = 64;  // elements of a block of codes; also how many channels are worked on at a time
+constexpr uint32_t kBlock =
+    64;  // elements of a block of codes; also how many channels are worked on at a time
 
 inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
 size_t element_bytes(uint32_t dtype) {
   switch (dtype) {
     case KVC_BF16:
-    case KVC_FP16: return 2;
-    case KVC_FP32: return 4;
+    case KVC_FP16:
+      return 2;
+    case KVC_FP32:
+      return 4;
     case KVC_FP8_E4M3:
     case KVC_FP8_E5M2:
-    case KVC_U8: return 1;
-    default: return 0;
+    case KVC_U8:
+      return 1;
+    default:
+      return 0;
   }
 }
 
@@ -38,12 +44,14 @@ size_t row_code_bytes(uint32_t bits, uint32_t head_size) {
 // ---- per token
 
 template <typename Element>
-uint64_t store_row_parameters(const SectionCodec& codec, const uint8_t* row, uint32_t head_size, uint8_t* target) {
+uint64_t store_row_parameters(const SectionCodec& codec, const uint8_t* row, uint32_t head_size,
+                              uint8_t* target) {
   uint64_t outside = 0;
   for (uint32_t start = 0; start < head_size; start += codec.group_size) {
     const uint32_t count = std::min(codec.group_size, head_size - start);
     Range range;
-    for (uint32_t i = 0; i < count; ++i) range.add(Element::load(row + (start + i) * Element::kBytes));
+    for (uint32_t i = 0; i < count; ++i)
+      range.add(Element::load(row + (start + i) * Element::kBytes));
     const Parameter parameter = parameter_of<Element>(range, codec.bits, codec.asymmetric);
     outside += parameter.scale == kNaNScale;
     store_parameter(target, parameter, codec.asymmetric);
@@ -58,7 +66,8 @@ void pack_block(uint32_t bits, const uint8_t* codes, uint32_t count, uint8_t* ta
   const uint32_t bytes = (count + per_byte - 1) / per_byte;
   for (uint32_t i = 0; i < bytes; ++i) {
     uint32_t packed = 0;
-    for (uint32_t k = 0; k < per_byte; ++k) packed |= static_cast<uint32_t>(codes[i + k * bytes]) << k * bits;
+    for (uint32_t k = 0; k < per_byte; ++k)
+      packed |= static_cast<uint32_t>(codes[i + k * bytes]) << k * bits;
     target[i] = static_cast<uint8_t>(packed);
   }
 }
@@ -68,11 +77,13 @@ void unpack_block(uint32_t bits, const uint8_t* source, uint32_t count, uint8_t*
   const uint32_t bytes = (count + per_byte - 1) / per_byte;
   const uint32_t mask = (1u << bits) - 1;
   for (uint32_t k = 0; k < per_byte; ++k) {
-    for (uint32_t i = 0; i < bytes; ++i) codes[i + k * bytes] = static_cast<uint8_t>(source[i] >> k * bits & mask);
+    for (uint32_t i = 0; i < bytes; ++i)
+      codes[i + k * bytes] = static_cast<uint8_t>(source[i] >> k * bits & mask);
   }
 }
 
-// Calls visit(group, first element, element count) for the parts of groups that lie in [start, end) of a row.
+// Calls visit(group, first element, element count) for the parts of groups that lie in [start, end)
+// of a row.
 template <typename Visit>
 void for_groups(uint32_t group_size, uint32_t start, uint32_t end, Visit visit) {
   while (start < end) {
@@ -84,41 +95,46 @@ void for_groups(uint32_t group_size, uint32_t start, uint32_t end, Visit visit) 
 }
 
 template <typename Element>
-void encode_row(const SectionCodec& codec, const uint8_t* row, uint32_t head_size, const uint8_t* parameters,
-                uint8_t* target) {
+void encode_row(const SectionCodec& codec, const uint8_t* row, uint32_t head_size,
+                const uint8_t* parameters, uint8_t* target) {
   for (uint32_t start = 0; start < head_size; start += kBlock) {
     const uint32_t count = std::min(kBlock, head_size - start);
     uint8_t codes[kBlock] = {};
-    for_groups(codec.group_size, start, start + count, [&](uint32_t group, uint32_t first, uint32_t elements) {
-      const Quantizer quantizer = quantizer_of<Element>(
-          load_parameter(parameters + group * parameter_size(codec), codec.asymmetric), codec.bits, codec.asymmetric);
-      for (uint32_t i = 0; i < elements; ++i) {
-        const float value = Element::load(row + (first + i) * Element::kBytes);
-        codes[first - start + i] = static_cast<uint8_t>(
-            code_of(value, quantizer.zero, quantizer.inverse, quantizer.bias, quantizer.keep));
-      }
-    });
+    for_groups(codec.group_size, start, start + count,
+               [&](uint32_t group, uint32_t first, uint32_t elements) {
+                 const Quantizer quantizer = quantizer_of<Element>(
+                     load_parameter(parameters + group * parameter_size(codec), codec.asymmetric),
+                     codec.bits, codec.asymmetric);
+                 for (uint32_t i = 0; i < elements; ++i) {
+                   const float value = Element::load(row + (first + i) * Element::kBytes);
+                   codes[first - start + i] = static_cast<uint8_t>(code_of(
+                       value, quantizer.zero, quantizer.inverse, quantizer.bias, quantizer.keep));
+                 }
+               });
     pack_block(codec.bits, codes, count, target);
     target += count * codec.bits / 8;  // only the last block may be short, and nothing follows it
   }
 }
 
 template <typename Element>
-void decode_row(const SectionCodec& codec, const uint8_t* source, const uint8_t* parameters, uint32_t head_size,
-                uint8_t* row) {
+void decode_row(const SectionCodec& codec, const uint8_t* source, const uint8_t* parameters,
+                uint32_t head_size, uint8_t* row) {
   for (uint32_t start = 0; start < head_size; start += kBlock) {
     const uint32_t count = std::min(kBlock, head_size - start);
     uint8_t codes[kBlock];
     unpack_block(codec.bits, source, count, codes);
     source += count * codec.bits / 8;
-    for_groups(codec.group_size, start, start + count, [&](uint32_t group, uint32_t first, uint32_t elements) {
-      const Dequantizer dequantizer = dequantizer_of<Element>(
-          load_parameter(parameters + group * parameter_size(codec), codec.asymmetric), codec.bits, codec.asymmetric);
-      for (uint32_t i = 0; i < elements; ++i) {
-        store_decoded<Element>(row + (first + i) * Element::kBytes, codes[first - start + i], dequantizer.zero,
-                               dequantizer.scale, dequantizer.bias);
-      }
-    });
+    for_groups(codec.group_size, start, start + count,
+               [&](uint32_t group, uint32_t first, uint32_t elements) {
+                 const Dequantizer dequantizer = dequantizer_of<Element>(
+                     load_parameter(parameters + group * parameter_size(codec), codec.asymmetric),
+                     codec.bits, codec.asymmetric);
+                 for (uint32_t i = 0; i < elements; ++i) {
+                   store_decoded<Element>(row + (first + i) * Element::kBytes,
+                                          codes[first - start + i], dequantizer.zero,
+                                          dequantizer.scale, dequantizer.bias);
+                 }
+               });
   }
 }
 
@@ -145,7 +161,8 @@ uint64_t encode_token_section(const SectionCodec& codec, const Rows& rows, uint8
       const uint8_t* row = rows.row(head, token);
       uint8_t* parameters = out + index * layout.row_parameters;
       outside += store_row_parameters<Element>(codec, row, rows.head_size, parameters);
-      encode_row<Element>(codec, row, rows.head_size, parameters, out + layout.codes + index * layout.row_codes);
+      encode_row<Element>(codec, row, rows.head_size, parameters,
+                          out + layout.codes + index * layout.row_codes);
     }
   }
   return outside;
@@ -157,8 +174,9 @@ void decode_token_section(const SectionCodec& codec, const uint8_t* in, const Ro
   for (uint32_t token = 0; token < rows.token_count; ++token) {
     for (uint32_t head = 0; head < rows.head_count; ++head) {
       const size_t index = static_cast<size_t>(head) * rows.token_count + token;
-      decode_row<Element>(codec, in + layout.codes + index * layout.row_codes, in + index * layout.row_parameters,
-                          rows.head_size, rows.row(head, token));
+      decode_row<Element>(codec, in + layout.codes + index * layout.row_codes,
+                          in + index * layout.row_parameters, rows.head_size,
+                          rows.row(head, token));
     }
   }
 }
@@ -182,29 +200,33 @@ struct ChannelLayout {
 };
 
 template <typename Element>
-uint64_t store_channel_parameters(const SectionCodec& codec, const Rows& rows, const ChannelLayout& layout,
-                                  uint32_t head, uint32_t channel, uint32_t count, uint8_t* out) {
+uint64_t store_channel_parameters(const SectionCodec& codec, const Rows& rows,
+                                  const ChannelLayout& layout, uint32_t head, uint32_t channel,
+                                  uint32_t count, uint8_t* out) {
   uint64_t outside = 0;
   uint8_t* target = out + head * layout.head_parameters + channel * parameter_size(codec);
-  for_groups(codec.group_size, 0, rows.token_count, [&](uint32_t group, uint32_t first, uint32_t tokens) {
-    Range ranges[kBlock];
-    for (uint32_t token = first; token < first + tokens; ++token) {
-      const uint8_t* row = rows.row(head, token) + channel * Element::kBytes;
-      for (uint32_t i = 0; i < count; ++i) ranges[i].add(Element::load(row + i * Element::kBytes));
-    }
-    uint8_t* parameters = target + group * layout.group_parameters;
-    for (uint32_t i = 0; i < count; ++i) {
-      const Parameter parameter = parameter_of<Element>(ranges[i], codec.bits, codec.asymmetric);
-      outside += parameter.scale == kNaNScale;
-      store_parameter(parameters + i * parameter_size(codec), parameter, codec.asymmetric);
-    }
-  });
+  for_groups(
+      codec.group_size, 0, rows.token_count, [&](uint32_t group, uint32_t first, uint32_t tokens) {
+        Range ranges[kBlock];
+        for (uint32_t token = first; token < first + tokens; ++token) {
+          const uint8_t* row = rows.row(head, token) + channel * Element::kBytes;
+          for (uint32_t i = 0; i < count; ++i)
+            ranges[i].add(Element::load(row + i * Element::kBytes));
+        }
+        uint8_t* parameters = target + group * layout.group_parameters;
+        for (uint32_t i = 0; i < count; ++i) {
+          const Parameter parameter =
+              parameter_of<Element>(ranges[i], codec.bits, codec.asymmetric);
+          outside += parameter.scale == kNaNScale;
+          store_parameter(parameters + i * parameter_size(codec), parameter, codec.asymmetric);
+        }
+      });
   return outside;
 }
 
 template <typename Element>
-void store_channel_codes(const SectionCodec& codec, const Rows& rows, const ChannelLayout& layout, uint32_t head,
-                         uint32_t channel, uint32_t count, uint8_t* out) {
+void store_channel_codes(const SectionCodec& codec, const Rows& rows, const ChannelLayout& layout,
+                         uint32_t head, uint32_t channel, uint32_t count, uint8_t* out) {
   const uint32_t per_word = 32 / codec.bits;
   const uint8_t* source = out + head * layout.head_parameters + channel * parameter_size(codec);
   uint8_t* target = out + layout.codes + head * layout.head_codes + channel * sizeof(uint32_t);
@@ -214,16 +236,18 @@ void store_channel_codes(const SectionCodec& codec, const Rows& rows, const Chan
     if (token % codec.group_size == 0) {
       const uint8_t* parameters = source + token / codec.group_size * layout.group_parameters;
       for (uint32_t i = 0; i < count; ++i) {
-        quantizers[i] =
-            quantizer_of<Element>(load_parameter(parameters + i * parameter_size(codec), codec.asymmetric),
-                                  codec.bits, codec.asymmetric);
+        quantizers[i] = quantizer_of<Element>(
+            load_parameter(parameters + i * parameter_size(codec), codec.asymmetric), codec.bits,
+            codec.asymmetric);
       }
     }
     const uint8_t* row = rows.row(head, token) + channel * Element::kBytes;
     const uint32_t shift = token % per_word * codec.bits;
     for (uint32_t i = 0; i < count; ++i) {
       const Quantizer& q = quantizers[i];
-      words[i] |= code_of(Element::load(row + i * Element::kBytes), q.zero, q.inverse, q.bias, q.keep) << shift;
+      words[i] |=
+          code_of(Element::load(row + i * Element::kBytes), q.zero, q.inverse, q.bias, q.keep)
+          << shift;
     }
     if (token % per_word == per_word - 1 || token == rows.token_count - 1) {
       std::memcpy(target + token / per_word * layout.word_bytes, words, count * sizeof(uint32_t));
@@ -247,8 +271,8 @@ uint64_t encode_channel_section(const SectionCodec& codec, const Rows& rows, uin
 }
 
 template <typename Element>
-void decode_channels(const SectionCodec& codec, const uint8_t* in, const Rows& rows, const ChannelLayout& layout,
-                     uint32_t head, uint32_t channel, uint32_t count) {
+void decode_channels(const SectionCodec& codec, const uint8_t* in, const Rows& rows,
+                     const ChannelLayout& layout, uint32_t head, uint32_t channel, uint32_t count) {
   const uint32_t per_word = 32 / codec.bits;
   const uint32_t mask = (1u << codec.bits) - 1;
   const uint8_t* parameters = in + head * layout.head_parameters + channel * parameter_size(codec);
@@ -259,7 +283,8 @@ void decode_channels(const SectionCodec& codec, const uint8_t* in, const Rows& r
       const uint8_t* source = parameters + token / codec.group_size * layout.group_parameters;
       for (uint32_t i = 0; i < count; ++i) {
         dequantizers[i] = dequantizer_of<Element>(
-            load_parameter(source + i * parameter_size(codec), codec.asymmetric), codec.bits, codec.asymmetric);
+            load_parameter(source + i * parameter_size(codec), codec.asymmetric), codec.bits,
+            codec.asymmetric);
       }
     }
     uint32_t words[kBlock];
@@ -268,7 +293,8 @@ void decode_channels(const SectionCodec& codec, const uint8_t* in, const Rows& r
     const uint32_t shift = token % per_word * codec.bits;
     for (uint32_t i = 0; i < count; ++i) {
       const Dequantizer& d = dequantizers[i];
-      store_decoded<Element>(row + i * Element::kBytes, words[i] >> shift & mask, d.zero, d.scale, d.bias);
+      store_decoded<Element>(row + i * Element::kBytes, words[i] >> shift & mask, d.zero, d.scale,
+                             d.bias);
     }
   }
 }
@@ -278,20 +304,23 @@ void decode_channel_section(const SectionCodec& codec, const uint8_t* in, const 
   const ChannelLayout layout(codec, rows);
   for (uint32_t head = 0; head < rows.head_count; ++head) {
     for (uint32_t channel = 0; channel < rows.head_size; channel += kBlock) {
-      decode_channels<Element>(codec, in, rows, layout, head, channel, std::min(kBlock, rows.head_size - channel));
+      decode_channels<Element>(codec, in, rows, layout, head, channel,
+                               std::min(kBlock, rows.head_size - channel));
     }
   }
 }
 
 // ---- raw
 
-// Calls copy(address in memory, offset in the section, bytes) for every run of rows that is contiguous in both.
+// Calls copy(address in memory, offset in the section, bytes) for every run of rows that is
+// contiguous in both.
 template <typename Copy>
 void for_runs(const SectionCodec& codec, const Rows& rows, Copy copy) {
   const size_t row_bytes = rows.head_size * element_bytes(codec.dtype);
   if (rows.token_stride == static_cast<int64_t>(row_bytes)) {
     const size_t head_bytes = row_bytes * rows.token_count;
-    for (uint32_t head = 0; head < rows.head_count; ++head) copy(rows.row(head, 0), head * head_bytes, head_bytes);
+    for (uint32_t head = 0; head < rows.head_count; ++head)
+      copy(rows.row(head, 0), head * head_bytes, head_bytes);
     return;
   }
   for (uint32_t token = 0; token < rows.token_count; ++token) {
@@ -311,8 +340,10 @@ uint64_t encode_elements(const SectionCodec& codec, const Rows& rows, uint8_t* o
 }
 
 uint64_t encode_section(const SectionCodec& codec, const Rows& rows, const Rows*, uint8_t* out) {
-  const size_t parameters = parameter_bytes(codec, rows.head_count, rows.token_count, rows.head_size);
-  const size_t stored = pad64(parameters) + code_bytes(codec, rows.head_count, rows.token_count, rows.head_size);
+  const size_t parameters =
+      parameter_bytes(codec, rows.head_count, rows.token_count, rows.head_size);
+  const size_t stored =
+      pad64(parameters) + code_bytes(codec, rows.head_count, rows.token_count, rows.head_size);
   std::memset(out + parameters, 0, pad64(parameters) - parameters);
   std::memset(out + stored, 0, pad64(stored) - stored);
   if (codec.kind == KVC_KIND_RAW) {
@@ -322,30 +353,41 @@ uint64_t encode_section(const SectionCodec& codec, const Rows& rows, const Rows*
     return 0;
   }
   switch (codec.dtype) {
-    case KVC_BF16: return encode_elements<BFloat16>(codec, rows, out);
-    case KVC_FP16: return encode_elements<Float16>(codec, rows, out);
-    default: return encode_elements<Float32>(codec, rows, out);
+    case KVC_BF16:
+      return encode_elements<BFloat16>(codec, rows, out);
+    case KVC_FP16:
+      return encode_elements<Float16>(codec, rows, out);
+    default:
+      return encode_elements<Float32>(codec, rows, out);
   }
 }
 
 template <typename Element>
 void decode_elements(const SectionCodec& codec, const uint8_t* in, const Rows& rows) {
-  codec.channel ? decode_channel_section<Element>(codec, in, rows) : decode_token_section<Element>(codec, in, rows);
+  codec.channel ? decode_channel_section<Element>(codec, in, rows)
+                : decode_token_section<Element>(codec, in, rows);
 }
 
 void decode_section(const SectionCodec& codec, const uint8_t* in, const Rows& rows) {
   if (codec.kind == KVC_KIND_RAW) {
-    for_runs(codec, rows, [&](uint8_t* run, size_t offset, size_t bytes) { std::memcpy(run, in + offset, bytes); });
+    for_runs(codec, rows, [&](uint8_t* run, size_t offset, size_t bytes) {
+      std::memcpy(run, in + offset, bytes);
+    });
     return;
   }
   switch (codec.dtype) {
-    case KVC_BF16: return decode_elements<BFloat16>(codec, in, rows);
-    case KVC_FP16: return decode_elements<Float16>(codec, in, rows);
-    default: return decode_elements<Float32>(codec, in, rows);
+    case KVC_BF16:
+      return decode_elements<BFloat16>(codec, in, rows);
+    case KVC_FP16:
+      return decode_elements<Float16>(codec, in, rows);
+    default:
+      return decode_elements<Float32>(codec, in, rows);
   }
 }
 
-void copy_out(uint8_t* target, const uint8_t* source, size_t bytes) { std::memcpy(target, source, bytes); }
+void copy_out(uint8_t* target, const uint8_t* source, size_t bytes) {
+  std::memcpy(target, source, bytes);
+}
 
 uint64_t checksum(const void* data, size_t bytes) { return XXH3_64bits(data, bytes); }
 
@@ -359,20 +401,23 @@ uint64_t saturating_product(uint64_t a, uint64_t b) {
 
 const Kernels kScalarKernels = {"scalar", encode_section, decode_section, copy_out, checksum};
 
-size_t parameter_bytes(const SectionCodec& codec, uint32_t head_count, uint32_t token_count, uint32_t head_size) {
+size_t parameter_bytes(const SectionCodec& codec, uint32_t head_count, uint32_t token_count,
+                       uint32_t head_size) {
   if (codec.kind == KVC_KIND_RAW) return 0;
   const size_t size = parameter_size(codec);
   if (codec.channel) {
-    return saturating_product(saturating_product(head_count, ceil_div(token_count, codec.group_size)),
-                              head_size * size);
+    return saturating_product(
+        saturating_product(head_count, ceil_div(token_count, codec.group_size)), head_size * size);
   }
   return saturating_product(static_cast<uint64_t>(head_count) * token_count,
                             ceil_div(head_size, codec.group_size) * size);
 }
 
-size_t code_bytes(const SectionCodec& codec, uint32_t head_count, uint32_t token_count, uint32_t head_size) {
+size_t code_bytes(const SectionCodec& codec, uint32_t head_count, uint32_t token_count,
+                  uint32_t head_size) {
   const uint64_t row_count = static_cast<uint64_t>(head_count) * token_count;
-  if (codec.kind == KVC_KIND_RAW) return saturating_product(row_count, head_size * element_bytes(codec.dtype));
+  if (codec.kind == KVC_KIND_RAW)
+    return saturating_product(row_count, head_size * element_bytes(codec.dtype));
   if (codec.channel) {
     const uint64_t words = ceil_div(token_count, 32 / codec.bits);
     return saturating_product(words * head_count, head_size * sizeof(uint32_t));
@@ -382,15 +427,16 @@ size_t code_bytes(const SectionCodec& codec, uint32_t head_count, uint32_t token
 
 }  // namespace kvc
 
-extern "C" uint64_t kvc_section_bytes(uint32_t dtype, uint32_t head_count, uint32_t token_count, uint32_t head_size,
-                                      uint32_t kind, uint32_t bits, uint32_t options, uint32_t group_size) {
+extern "C" uint64_t kvc_section_bytes(uint32_t dtype, uint32_t head_count, uint32_t token_count,
+                                      uint32_t head_size, uint32_t kind, uint32_t bits,
+                                      uint32_t options, uint32_t group_size) {
   constexpr uint32_t kMaxHeads = 65536;
   constexpr uint32_t kMaxTokens = 65536;
   constexpr uint32_t kMaxHeadSize = 1u << 30;
   constexpr uint64_t kMaxSectionBytes = (uint64_t{1} << 31) - 1;
   const size_t bytes = kvc::element_bytes(dtype);
-  if (bytes == 0 || head_count == 0 || head_count > kMaxHeads || token_count == 0 || token_count > kMaxTokens ||
-      head_size == 0 || head_size > kMaxHeadSize) {
+  if (bytes == 0 || head_count == 0 || head_count > kMaxHeads || token_count == 0 ||
+      token_count > kMaxTokens || head_size == 0 || head_size > kMaxHeadSize) {
     return 0;
   }
   if (kind == KVC_KIND_RAW) {
@@ -398,13 +444,16 @@ extern "C" uint64_t kvc_section_bytes(uint32_t dtype, uint32_t head_count, uint3
   } else if (kind == KVC_KIND_INT) {
     const uint32_t axis = options & KVC_OPTION_CHANNEL ? token_count : head_size;
     if (dtype > KVC_FP32 || (bits != 2 && bits != 4 && bits != 8)) return 0;
-    if (options > (KVC_OPTION_ASYMMETRIC | KVC_OPTION_CHANNEL) || group_size == 0 || group_size > axis) return 0;
+    if (options > (KVC_OPTION_ASYMMETRIC | KVC_OPTION_CHANNEL) || group_size == 0 ||
+        group_size > axis)
+      return 0;
   } else {
     return 0;
   }
-  const kvc::SectionCodec codec{static_cast<uint8_t>(dtype), static_cast<uint8_t>(kind), static_cast<uint8_t>(bits),
-                                (options & KVC_OPTION_ASYMMETRIC) != 0, (options & KVC_OPTION_CHANNEL) != 0,
-                                group_size};
+  const kvc::SectionCodec codec{
+      static_cast<uint8_t>(dtype),         static_cast<uint8_t>(kind),
+      static_cast<uint8_t>(bits),          (options & KVC_OPTION_ASYMMETRIC) != 0,
+      (options & KVC_OPTION_CHANNEL) != 0, group_size};
   const uint64_t parameters = kvc::parameter_bytes(codec, head_count, token_count, head_size);
   const uint64_t codes = kvc::code_bytes(codec, head_count, token_count, head_size);
   if (parameters > kMaxSectionBytes || codes > kMaxSectionBytes) return 0;

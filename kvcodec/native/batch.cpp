@@ -1,0 +1,370 @@
+#include "batch.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include <unistd.h>
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+#include "dispatch.h"
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
+              "the page format is little-endian, and so are the kernels");
+static_assert(sizeof(kvc_stream) == 48 && sizeof(kvc_section) == 32, "part of the ABI");
+static_assert(sizeof(kvc_plan) == 72 && sizeof(kvc_page) == 72, "part of the ABI");
+
+namespace kvc {
+namespace {
+
+constexpr uint32_t kMaxLayers = 1024;
+constexpr uint32_t kMaxHeaderBytes = 1u << 18;
+constexpr uint64_t kChecksumBytes = 8;
+constexpr size_t kMaxPages = size_t{1} << 32;
+// Raw bytes of one item: long enough that handing it out costs nothing, short enough that a few
+// pages keep every worker busy.
+constexpr uint64_t kChunkBytes = 512 * 1024;
+constexpr uint64_t kNoFailure = UINT64_MAX;
+
+uint64_t load64(const uint8_t* source) {
+  uint64_t value;
+  std::memcpy(&value, source, sizeof value);
+  return value;
+}
+
+void store64(uint8_t* target, uint64_t value) { std::memcpy(target, &value, sizeof value); }
+
+// Adds |stride| * (count - 1) to `*extent`; false if that leaves the range of addresses.
+bool add_extent(int64_t stride, uint64_t count, uint64_t* extent) {
+  const uint64_t magnitude =
+      stride < 0 ? -static_cast<uint64_t>(stride) : static_cast<uint64_t>(stride);
+  uint64_t length;
+  return !__builtin_mul_overflow(magnitude, count - 1, &length) &&
+         !__builtin_add_overflow(*extent, length, extent) && *extent <= INT64_MAX;
+}
+
+bool strides_fit(const kvc_stream& stream, uint32_t layer_count, uint32_t token_count) {
+  const uint32_t group_heads = std::min(stream.group_heads, stream.head_count);
+  const uint32_t groups = (stream.head_count + group_heads - 1) / group_heads;
+  uint64_t extent = uint64_t{stream.head_size} * sizeof(float);
+  return add_extent(stream.layer_stride, layer_count, &extent) &&
+         add_extent(stream.group_stride, groups, &extent) &&
+         add_extent(stream.head_stride, group_heads, &extent) &&
+         add_extent(stream.token_stride, token_count, &extent);
+}
+
+// Stores that went past the caches must be visible before another thread hears that the page is
+// done.
+void finish_streaming_stores() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+void record_failure(PageState& state, uint32_t section, int status) {
+  const uint64_t failure = uint64_t{section} << 8 | static_cast<uint64_t>(status);
+  uint64_t known = state.failure.load(std::memory_order_relaxed);
+  while (failure < known &&
+         !state.failure.compare_exchange_weak(known, failure, std::memory_order_relaxed)) {
+  }
+}
+
+// Sections below the lowest failing one are still looked at, so that the section reported does not
+// depend on chance.
+bool failed_before(const PageState& state, uint32_t section) {
+  return state.failure.load(std::memory_order_relaxed) >> 8 < section;
+}
+
+bool all_zero(const uint8_t* data, uint64_t bytes) {
+  return std::all_of(data, data + bytes, [](uint8_t byte) { return byte == 0; });
+}
+
+}  // namespace
+
+Scratch::~Scratch() { std::free(data_); }
+
+uint8_t* Scratch::at_least(size_t bytes) {
+  if (bytes > bytes_) {
+    std::free(data_);
+    data_ = static_cast<uint8_t*>(std::aligned_alloc(64, pad64(bytes)));
+    bytes_ = data_ != nullptr ? bytes : 0;
+  }
+  return data_;
+}
+
+}  // namespace kvc
+
+using namespace kvc;
+
+int kvc_batch::make(int operation, const kvc_plan& plan, kvc_page* pages, size_t page_count,
+                    kvc_batch** batch) {
+  kvc_batch* made = nullptr;
+  try {
+    made = new kvc_batch;
+    made->operation_ = operation;
+    made->kernels_ = current_kernels();
+    made->process_ = getpid();
+    if (made->kernels_ == nullptr || operation < KVC_ENCODE || operation > KVC_VERIFY ||
+        !made->take_plan(plan) || !made->take_sections(plan) || !made->take_spans() ||
+        !made->take_pages(pages, page_count)) {
+      made->release();
+      return KVC_BAD_ARGUMENT;
+    }
+  } catch (const std::bad_alloc&) {
+    if (made != nullptr) made->release();
+    return KVC_NO_MEMORY;
+  }
+  *batch = made;
+  return KVC_DONE;
+}
+
+bool kvc_batch::take_plan(const kvc_plan& plan) {
+  if (plan.abi_version != KVC_ABI_VERSION || plan.reserved != 0 || plan.header == nullptr ||
+      plan.streams == nullptr || plan.sections == nullptr) {
+    return false;
+  }
+  if (plan.layer_count == 0 || plan.layer_count > kMaxLayers || plan.stream_count == 0 ||
+      plan.stream_count > KVC_MAX_STREAMS ||
+      plan.section_count != plan.layer_count * plan.stream_count) {
+    return false;
+  }
+  if (plan.header_bytes < 64 || plan.header_bytes % 64 != 0 ||
+      plan.header_bytes > kMaxHeaderBytes || plan.key_bytes == 0 ||
+      uint64_t{plan.key_offset} + plan.key_bytes > plan.header_bytes - kChecksumBytes) {
+    return false;
+  }
+  plan_ = plan;
+  streams_.assign(plan.streams, plan.streams + plan.stream_count);
+  for (kvc_stream& stream : streams_) {
+    // The limits of head_count, head_size and token_count are those of kvc_section_bytes.
+    if (stream.reserved != 0 || stream.group_heads == 0 || stream.head_count == 0 ||
+        !strides_fit(stream, plan.layer_count, plan.token_count)) {
+      return false;
+    }
+    stream.group_heads = std::min(stream.group_heads, stream.head_count);
+  }
+  return true;
+}
+
+bool kvc_batch::take_sections(const kvc_plan& plan) {
+  sections_.reserve(plan.section_count);
+  uint64_t offset = plan.header_bytes;
+  uint64_t chunk_bytes = kChunkBytes;
+  for (uint32_t index = 0; index < plan.section_count; ++index) {
+    const kvc_section& section = plan.sections[index];
+    const uint32_t stream_index = index % plan.stream_count;
+    const kvc_stream& stream = streams_[stream_index];
+    const uint64_t stored =
+        kvc_section_bytes(plan.dtype, stream.head_count, plan.token_count, stream.head_size,
+                          section.kind, section.bits, section.options, section.group_size);
+    if (section.reserved != 0 || stored == 0 || section.stored_bytes != stored ||
+        section.offset != offset ||
+        section.checksum_offset > plan.header_bytes - 2 * kChecksumBytes) {
+      return false;
+    }
+    const SectionCodec codec{static_cast<uint8_t>(plan.dtype),
+                             section.kind,
+                             section.bits,
+                             (section.options & KVC_OPTION_ASYMMETRIC) != 0,
+                             (section.options & KVC_OPTION_CHANNEL) != 0,
+                             section.group_size};
+    sections_.push_back({codec, stream_index, stream.layer_stride * (index / plan.stream_count),
+                         offset, stored, section.checksum_offset});
+    offset += pad64(stored);
+    if (chunk_bytes >= kChunkBytes) {
+      chunk_starts_.push_back(index);
+      chunk_bytes = 0;
+    }
+    chunk_bytes +=
+        uint64_t{stream.head_count} * plan.token_count * stream.head_size * sizeof(uint16_t);
+  }
+  chunk_starts_.push_back(plan.section_count);
+  return offset == plan.page_bytes;
+}
+
+// The header without the key and the checksums. They may not overlap: each is written by another
+// hand.
+bool kvc_batch::take_spans() {
+  std::vector<Span> holes;
+  holes.reserve(sections_.size() + 2);
+  for (const PlannedSection& section : sections_) {
+    holes.push_back({static_cast<uint32_t>(section.checksum_offset), kChecksumBytes});
+  }
+  holes.push_back({plan_.key_offset, plan_.key_bytes});
+  holes.push_back({static_cast<uint32_t>(plan_.header_bytes - kChecksumBytes), kChecksumBytes});
+  std::sort(holes.begin(), holes.end(),
+            [](const Span& a, const Span& b) { return a.start < b.start; });
+  uint32_t end = 0;
+  for (const Span& hole : holes) {
+    if (hole.start < end) return false;
+    if (hole.start > end) spans_.push_back({end, hole.start - end});
+    end = hole.start + hole.bytes;
+  }
+  return true;
+}
+
+bool kvc_batch::take_pages(kvc_page* pages, size_t page_count) {
+  if (page_count > kMaxPages || (pages == nullptr && page_count != 0)) return false;
+  for (size_t i = 0; i < page_count; ++i) {
+    if (pages[i].encoded == nullptr || pages[i].key == nullptr) return false;
+    for (uint32_t stream = 0; operation_ != KVC_VERIFY && stream < plan_.stream_count; ++stream) {
+      if (pages[i].base[stream] == nullptr) return false;
+    }
+  }
+  pages_ = pages;
+  page_count_ = page_count;
+  states_.reset(new PageState[page_count]);
+  const uint32_t chunks = static_cast<uint32_t>(chunk_starts_.size() - 1);
+  for (size_t i = 0; i < page_count; ++i)
+    states_[i].items_left.store(chunks, std::memory_order_relaxed);
+  pages_left_.store(page_count, std::memory_order_relaxed);
+  done_.store(page_count == 0, std::memory_order_relaxed);
+  return true;
+}
+
+void kvc_batch::release() {
+  if (references_.fetch_sub(1, std::memory_order_acq_rel) == 1) delete this;
+}
+
+bool kvc_batch::is_foreign() const { return process_ != getpid(); }
+
+int kvc_batch::wait(uint64_t timeout_us) {
+  constexpr uint64_t kForever = uint64_t{1000000} * 60 * 60 * 24 * 365;
+  if (is_done()) return KVC_DONE;
+  if (is_foreign()) return KVC_BAD_ARGUMENT;
+  if (timeout_us == 0) return KVC_PENDING;
+  std::unique_lock<std::mutex> lock(mutex_);
+  const auto deadline =
+      std::chrono::steady_clock::now() + std::chrono::microseconds(std::min(timeout_us, kForever));
+  while (!is_done()) {
+    if (finished_.wait_until(lock, deadline) == std::cv_status::timeout && !is_done())
+      return KVC_PENDING;
+  }
+  return KVC_DONE;
+}
+
+bool kvc_batch::run_next(Scratch& scratch) {
+  const size_t chunks = chunk_starts_.size() - 1;
+  const size_t items = page_count_ * chunks;
+  // Workers look at a batch again after its last item; the counter must not run away meanwhile.
+  if (next_item_.load(std::memory_order_relaxed) >= items) return false;
+  const size_t item = next_item_.fetch_add(1, std::memory_order_relaxed);
+  if (item >= items) return false;
+  run_chunk(item / chunks, item % chunks, scratch);
+  finish_streaming_stores();
+  if (states_[item / chunks].items_left.fetch_sub(1, std::memory_order_acq_rel) == 1)
+    finish_page(item / chunks);
+  return true;
+}
+
+void kvc_batch::run_chunk(size_t page_index, size_t chunk, Scratch& scratch) {
+  const kvc_page& page = pages_[page_index];
+  PageState& state = states_[page_index];
+  const uint32_t first = chunk_starts_[chunk];
+  const uint32_t end = chunk_starts_[chunk + 1];
+  if (cancelled_.load(std::memory_order_relaxed))
+    return record_failure(state, first, KVC_CANCELLED);
+  if (const int status = begin_page(page, state)) return record_failure(state, 0, status);
+  for (uint32_t section = first; section < end && !failed_before(state, section); ++section) {
+    const int status = operation_ == KVC_ENCODE ? encode(page, state, section, end, scratch)
+                                                : decode(page, section);
+    if (status != KVC_OK) return record_failure(state, section, status);
+  }
+}
+
+// What has to hold before a section of the page is touched.
+int kvc_batch::begin_page(const kvc_page& page, PageState& state) const {
+  if (operation_ == KVC_ENCODE)
+    return page.encoded_bytes < plan_.page_bytes ? KVC_BAD_LENGTH : KVC_OK;
+  if (page.encoded_bytes != plan_.page_bytes) return KVC_BAD_LENGTH;
+  // Workers that begin a page at the same time each look for themselves, and find the same.
+  if (state.header_verified.load(std::memory_order_relaxed)) return KVC_OK;
+  const int status = compare_header(page);
+  if (status == KVC_OK) state.header_verified.store(true, std::memory_order_relaxed);
+  return status;
+}
+
+int kvc_batch::compare_header(const kvc_page& page) const {
+  for (const Span& span : spans_) {
+    if (std::memcmp(page.encoded + span.start, plan_.header + span.start, span.bytes) != 0)
+      return KVC_HEADER_DIFFERS;
+  }
+  if (std::memcmp(page.encoded + plan_.key_offset, page.key, plan_.key_bytes) != 0)
+    return KVC_HEADER_DIFFERS;
+  const size_t covered = plan_.header_bytes - kChecksumBytes;
+  const bool right = kernels_->checksum(page.encoded, covered) == load64(page.encoded + covered);
+  return right ? KVC_OK : KVC_BAD_HEADER_CHECKSUM;
+}
+
+Rows kvc_batch::rows_of(const kvc_page& page, const PlannedSection& section) const {
+  const kvc_stream& stream = streams_[section.stream];
+  return {page.base[section.stream] + section.layer_offset,
+          stream.head_count,
+          plan_.token_count,
+          stream.head_size,
+          stream.group_heads,
+          stream.group_stride,
+          stream.head_stride,
+          stream.token_stride};
+}
+
+int kvc_batch::encode(const kvc_page& page, PageState& state, uint32_t index, uint32_t end,
+                      Scratch& scratch) const {
+  const PlannedSection& section = sections_[index];
+  const size_t bytes = pad64(section.stored_bytes);
+  uint8_t* out = scratch.at_least(bytes);
+  if (out == nullptr) return KVC_OUT_OF_MEMORY;
+  const Rows rows = rows_of(page, section);
+  uint64_t outside;
+  if (index + 1 < end) {
+    const Rows next_rows = rows_of(page, sections_[index + 1]);
+    outside = kernels_->encode_section(section.codec, rows, &next_rows, out);
+  } else {
+    outside = kernels_->encode_section(section.codec, rows, nullptr, out);
+  }
+  if (outside != 0) state.nonfinite_groups.fetch_add(outside, std::memory_order_relaxed);
+  store64(page.encoded + section.checksum_offset, kernels_->checksum(out, bytes));
+  kernels_->copy_out(page.encoded + section.offset, out, bytes);
+  return KVC_OK;
+}
+
+int kvc_batch::decode(const kvc_page& page, uint32_t index) const {
+  const PlannedSection& section = sections_[index];
+  const uint8_t* in = page.encoded + section.offset;
+  const size_t bytes = pad64(section.stored_bytes);
+  if (kernels_->checksum(in, bytes) != load64(page.encoded + section.checksum_offset))
+    return KVC_BAD_SECTION_CHECKSUM;
+  if (!all_zero(in + section.stored_bytes, bytes - section.stored_bytes)) return KVC_BAD_PADDING;
+  if (operation_ == KVC_DECODE) kernels_->decode_section(section.codec, in, rows_of(page, section));
+  return KVC_OK;
+}
+
+// The section checksums are in their places already; everything around them is the same for all
+// pages.
+void kvc_batch::finish_header(const kvc_page& page) const {
+  for (const Span& span : spans_)
+    std::memcpy(page.encoded + span.start, plan_.header + span.start, span.bytes);
+  std::memcpy(page.encoded + plan_.key_offset, page.key, plan_.key_bytes);
+  const size_t covered = plan_.header_bytes - kChecksumBytes;
+  store64(page.encoded + covered, kernels_->checksum(page.encoded, covered));
+}
+
+void kvc_batch::finish_page(size_t page_index) {
+  kvc_page& page = pages_[page_index];
+  const PageState& state = states_[page_index];
+  const uint64_t failure = state.failure.load(std::memory_order_relaxed);
+  if (operation_ == KVC_ENCODE && failure == kNoFailure) finish_header(page);
+  page.status = failure == kNoFailure ? KVC_OK : static_cast<int32_t>(failure & 0xFF);
+  page.section = failure == kNoFailure ? 0 : static_cast<uint32_t>(failure >> 8);
+  page.nonfinite_groups = state.nonfinite_groups.load(std::memory_order_relaxed);
+  if (pages_left_.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+  // Under the lock, or a thread between its look at the flag and its sleep would never wake.
+  const std::lock_guard<std::mutex> lock(mutex_);
+  done_.store(true, std::memory_order_release);
+  finished_.notify_all();
+}
