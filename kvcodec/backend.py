@@ -131,7 +131,8 @@ def parse_byte_count(name: str, text: str) -> int:
         )
     number, unit, binary = match.groups()
     power = "_kmgt".index(unit.lower()) if unit else 0
-    return int(number) * (1024 if binary else 1000) ** power
+    scale: int = (1024 if binary else 1000) ** power
+    return int(number) * scale
 
 
 def parse_options(url: str, allowed: Sequence[str]) -> tuple[SplitResult, dict[str, str]]:

@@ -10,23 +10,23 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcodec import native
-from kvcodec.errors import ConfigError, CorruptPage, PageError
+from kvcodec.errors import ConfigError, CorruptPage, NativeError, PageError
 from kvcodec.format import EncodedPage
 from kvcodec.identity import Namespace
 from kvcodec.layout import PageViews, StreamStrides
 from kvcodec.plan import PagePlan
 
-__all__ = ["Codec", "CodecTimeout", "encoded_size"]
+__all__ = ["Codec", "UndecodedPage", "encoded_size"]
 
 _FOREIGN_PLANS = 64
 
 Bytes = npt.NDArray[np.uint8]
 
 
-class CodecTimeout(CorruptPage):
-    """The deadline passed before the page was decoded; it may be perfectly sound."""
+class UndecodedPage(PageError):
+    """Time or memory ran out before the page was decoded; it may be perfectly sound."""
 
-    kind = "timeout"
+    kind = "undecoded"
 
 
 def encoded_size(plan: PagePlan) -> int:
@@ -117,7 +117,7 @@ class Codec:
 
         Returns per page how many groups held a value outside the codec's domain (NaN, infinite,
         2^127 or more): such a group decodes to NaN, so a caller that wants the values keeps the
-        page raw.
+        page raw. Raises `NativeError` if memory runs out.
         """
         _check_batch(plan, keys, targets, views)
         for target in targets:
@@ -127,6 +127,8 @@ class Codec:
                 )
         batch = self._submit(native.ENCODE, plan, keys, views, targets)
         batch.wait(None)
+        if (batch.status == native.OUT_OF_MEMORY).any():
+            raise NativeError("no memory to encode pages with")
         assert not batch.status.any(), f"encode failed: {batch.status}"
         return batch.nonfinite_groups
 
@@ -238,4 +240,6 @@ def _error(status: int, section: int) -> PageError | None:
         return CorruptPage("section_checksum", f"section {section} does not have its checksum")
     if status == native.BAD_PADDING:
         return CorruptPage("padding", f"the padding of section {section} is not zero")
-    return CodecTimeout("deadline", "the deadline passed before the page was decoded")
+    if status == native.OUT_OF_MEMORY:
+        return UndecodedPage("memory", "no memory to decode the page with")
+    return UndecodedPage("deadline", "the deadline passed before the page was decoded")

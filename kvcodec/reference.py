@@ -7,6 +7,8 @@ uint32 for fp32, uint8 for everything else.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -16,7 +18,7 @@ from kvcodec.spec import Axis, Kind, SectionCodec
 
 __all__ = ["decode_section", "encode_section", "from_float32", "to_float32"]
 
-Bits = npt.NDArray[np.unsignedinteger]
+Bits = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
 
 _BITS = {DType.BF16: np.uint16, DType.FP16: np.uint16, DType.FP32: np.uint32}
@@ -165,13 +167,13 @@ def decode_section(
         codes = _unpack_rows(packed, shape, codec.bits)
         parameters = parameters.reshape(heads, tokens, groups)[:, :, index]
     if codec.asymmetric:
-        scale, zero = parameters >> 16, parameters & 0xFFFF
+        scale, zero = parameters >> np.uint32(16), parameters & np.uint32(0xFFFF)
         offset = to_float32(
             zero.astype(np.uint16), DType.FP16 if dtype is DType.FP16 else DType.BF16
         )
     else:
         scale, offset = parameters, np.zeros(parameters.shape, np.float32)
-        codes = codes - (1 << (codec.bits - 1))
+        codes -= 1 << (codec.bits - 1)
     step = (scale.astype(np.uint32) << np.uint32(16)).view(np.float32)
     with np.errstate(all="ignore"):
         return from_float32((offset + step * codes.astype(np.float32)).astype(np.float32), dtype)

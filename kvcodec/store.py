@@ -228,7 +228,9 @@ class PageStore:
                 if error is None:
                     self._rewrite.pop(names[index], None)
 
-        transfer = self._transfer(self._pipeline.options.backup_timeout_seconds)
+        transfer: Transfer[list[PutResult]] = self._transfer(
+            self._pipeline.options.backup_timeout_seconds
+        )
         transfer.run(
             self._runs(todo, keys, marks),
             prepare=encode,
@@ -252,7 +254,7 @@ class PageStore:
         def get(chunk: Chunk, seconds: float) -> list[GetResult] | None:
             wanted, rows = (
                 [names[index] for index in chunk.indices],
-                [memoryview(row) for row in chunk.rows],
+                [row.data for row in chunk.rows],
             )
             backend = self._pipeline.backend
             return self._pipeline.guarded(
@@ -279,7 +281,10 @@ class PageStore:
                 else:
                     self._reject(names[index], error.reason, heal=error.kind == "corrupt")
 
-        self._transfer(self._pipeline.options.prefetch_timeout_seconds).run(
+        transfer: Transfer[list[GetResult]] = self._transfer(
+            self._pipeline.options.prefetch_timeout_seconds
+        )
+        transfer.run(
             self._runs(list(range(len(keys))), keys, ["plain"] * len(keys)),
             prepare=lambda _: None,
             work=get,
@@ -339,7 +344,7 @@ class PageStore:
             self._count("backup.nonfinite")
         self._count("backup.raw_bytes", self.layout.raw_bytes * len(data))
         self._count("backup.encoded_bytes", sum(sizes))
-        chunk.pages = [memoryview(row)[:size] for row, size in zip(chunk.rows, sizes, strict=True)]
+        chunk.pages = [row.data[:size] for row, size in zip(chunk.rows, sizes, strict=True)]
 
     def _decode(
         self,

@@ -70,16 +70,29 @@ class Transfer(Generic[Answer]):
                 if chunk is None:
                     drop(indices)
                     continue
-                prepare(chunk)
-                if self._io.submit(lambda chunk=chunk: self._work(chunk, work)):  # type: ignore[misc]
+                if self._start(chunk, prepare, work):
                     self._waiting += 1
                 else:
-                    self._buffers.release(chunk.buffer)
                     drop(indices)
             while self._waiting and self._settle_one(settle):
                 pass
         finally:
             self._leave()
+
+    def _start(
+        self,
+        chunk: Chunk,
+        prepare: Callable[[Chunk], None],
+        work: Callable[[Chunk, float], Answer | None],
+    ) -> bool:
+        started = False
+        try:
+            prepare(chunk)
+            started = self._io.submit(lambda: self._work(chunk, work))
+        finally:
+            if not started:
+                self._buffers.release(chunk.buffer)
+        return started
 
     def _work(self, chunk: Chunk, work: Callable[[Chunk, float], Answer | None]) -> None:
         seconds = self._deadline - time.monotonic()
