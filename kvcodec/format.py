@@ -267,7 +267,7 @@ def _parse_header(view: memoryview) -> PageHeader:
     if required:
         raise UnsupportedPage("required_flags", hex(required), "none")
     if any(reserved):
-        _corrupt("reserved", "reserved bytes of the header are not zero")
+        raise UnsupportedPage("reserved", "reserved bytes of the header", "zero")
     layout = _parse_layout(header, layout_bytes, section_count)
     table_offset = FIXED.size + len(layout.streams) * STREAM.size
     identity_offset = table_offset + section_count * SECTION.itemsize
@@ -322,7 +322,7 @@ def _parse_layout(header: bytes, record: bytes, section_count: int) -> PageLayou
                 header, FIXED.size + index * STREAM.size
             )
             if any(zero):
-                _corrupt("reserved", f"reserved bytes of stream {index} are not zero")
+                raise UnsupportedPage("reserved", f"reserved bytes of stream {index}", "zero")
             streams.append(Stream(Role(role), heads, size, start))
         return PageLayout(
             dtype=DType(dtype),
@@ -367,6 +367,8 @@ def _row_codec(
 ) -> SectionCodec:
     if kind not in (Kind.RAW, Kind.INT):
         raise UnsupportedPage("section_kind", kind, "0 (raw), 1 (int)")
+    if options & ~(_ASYMMETRIC | _CHANNEL):
+        raise UnsupportedPage("reserved", f"section options {options:#x}", "bits 0 and 1")
     if kind == Kind.RAW:
         codec = RAW
     else:
@@ -403,8 +405,10 @@ def _parse_extensions(record: bytes) -> tuple[Extension, ...]:
         padded = -(-end // 8) * 8
         if padded > len(record) or any(record[end:padded]):
             _corrupt("extensions", "an extension runs past the end or has padding that is not zero")
-        if flags & ~1 or (extensions and kind <= extensions[-1].type):
-            _corrupt("extensions", f"extension {kind} has reserved flags or is out of order")
+        if flags & ~1:
+            raise UnsupportedPage("reserved", f"extension flags {flags:#x}", "bit 0")
+        if extensions and kind <= extensions[-1].type:
+            _corrupt("extensions", f"extension {kind} is out of order")
         if flags & 1:
             raise UnsupportedPage("extension", kind, "none that is critical")
         extensions.append(Extension(kind, record[at + _EXTENSION.size : end]))
