@@ -274,7 +274,9 @@ def _parse_header(view: memoryview) -> PageHeader:
     key_offset = identity_offset + identity_bytes
     extension_offset = key_offset + key_bytes
     end = extension_offset + extension_bytes
-    if pad64(end + CHECKSUM_BYTES) != header_bytes or any(header[end:-CHECKSUM_BYTES]):
+    if pad64(end + CHECKSUM_BYTES) == header_bytes and any(header[end:-CHECKSUM_BYTES]):
+        _corrupt("padding", "the padding of the header is not zero")
+    if pad64(end + CHECKSUM_BYTES) != header_bytes:
         _corrupt(
             "header_bytes",
             f"the parts of the header end at {end}, which does not fit its {header_bytes} bytes",
@@ -378,9 +380,7 @@ def _row_codec(
             _corrupt(
                 "section", f"int section with {bits} bits and groups of {group_size} along {length}"
             )
-        codec = SectionCodec.integer(
-            bits, asymmetric=bool(options & _ASYMMETRIC), axis=axis, group_size=group_size
-        )
+        codec = SectionCodec(Kind.INT, bits, bool(options & _ASYMMETRIC), axis, group_size)
     try:
         row = section_row(layout, stream, codec)
     except ConfigError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from kvcodec.errors import ConfigError
-from kvcodec.layout import PageLayout, Role
+from kvcodec.layout import MAX_HEAD_SIZE, PageLayout, Role
 
 __all__ = ["PRESETS", "SPEC_OPTIONS", "Axis", "CodecSpec", "Kind", "SectionCodec"]
 
@@ -30,7 +30,7 @@ class Axis(enum.IntEnum):
     CHANNEL = 1  #: tokens of one channel
 
 
-_CODEC_TEXT = re.compile(r"int([248])(-channel)?(-asym)?(?:-g([1-9]\d{0,8}))?")
+_CODEC_TEXT = re.compile(r"int([248])(-channel)?(-asym)?(?:-g([1-9]\d{0,9}))?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +61,10 @@ class SectionCodec:
             raise ConfigError(
                 f"int codec with {self.bits} bits; allowed are 2, 4 and 8 (16 is raw)"
             )
-        if self.group_size != -1 and not 1 <= self.group_size <= 999_999_999:
+        if self.group_size != -1 and not 1 <= self.group_size <= MAX_HEAD_SIZE:
             raise ConfigError(
-                f"group size {self.group_size}; allowed is 1 and up, or -1 for the whole row"
+                f"group size {self.group_size}; allowed is 1 to {MAX_HEAD_SIZE}, or -1 for the "
+                "whole row"
             )
 
     @classmethod
@@ -316,7 +317,7 @@ def _override(codec: SectionCodec, which: str, options: Mapping[str, object]) ->
     if "q_group_size" in options:
         size = options["q_group_size"]
         if size != -1:
-            size = _integer("q_group_size", size, "-1 (whole row) or 1 and up", 1, 999_999_999)
+            size = _integer("q_group_size", size, "-1 (whole row) or 1 and up", 1, MAX_HEAD_SIZE)
         codec = replace(codec, group_size=size)
     return codec
 
