@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import accumulate
 from typing import NoReturn
 
 import numpy as np
@@ -121,7 +122,7 @@ class Extension:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageHeader:
-    """What a page says about itself."""
+    """What a page says about itself. `section_offsets` tells where each section starts."""
 
     identity: Identity
     key: str
@@ -133,17 +134,17 @@ class PageHeader:
     minor: int
     header_bytes: int
     page_bytes: int
+    section_offsets: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        sizes = (pad64(size) for size in self.stored_bytes[:-1])
+        offsets = tuple(accumulate(sizes, initial=self.header_bytes))
+        object.__setattr__(self, "section_offsets", offsets)
 
     @property
     def namespace(self) -> Namespace:
         """Where the page belongs."""
         return Namespace(self.identity, self.layout)
-
-    @property
-    def section_offsets(self) -> tuple[int, ...]:
-        """Where each section starts."""
-        sizes = [pad64(size) for size in self.stored_bytes]
-        return tuple(self.header_bytes + sum(sizes[:index]) for index in range(len(sizes)))
 
     @property
     def minimum_bits(self) -> int:
@@ -162,7 +163,8 @@ class PageHeader:
         for name in sorted(set(found) | set(expected)):
             _same(name if name in expected else "identity", found.get(name), expected.get(name))
         _same("key", self.key, key)
-        if self.minimum_bits < minimum_bits:
+        # Nothing was lost where every section is raw, however few bits an element has.
+        if self.minimum_bits < minimum_bits and any(codec.bits for codec in self.codecs):
             raise QualityBelowMinimum(self.minimum_bits, minimum_bits)
 
 
@@ -187,8 +189,8 @@ def section_row(layout: PageLayout, stream: Stream, codec: SectionCodec) -> tupl
 
 def extension_record(extensions: Sequence[Extension]) -> bytes:
     types = [extension.type for extension in extensions]
-    if types != sorted(set(types)):
-        raise ConfigError(f"extension types {types} are not ascending and unique")
+    if types != sorted(set(types)) or not all(0 <= number <= 0xFFFF for number in types):
+        raise ConfigError(f"extension types {types} are not ascending numbers of 16 bits")
     record = b"".join(
         _EXTENSION.pack(e.type, int(e.critical), len(e.data)) + e.data + bytes(-len(e.data) % 8)
         for e in extensions
