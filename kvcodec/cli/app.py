@@ -1,0 +1,120 @@
+"""The commands and their options. Each imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from kvcodec.cli.output import ExitCode, write_line
+from kvcodec.errors import ConfigError
+
+__all__ = ["app", "inspect", "root", "run", "verify"]
+
+app = typer.Typer(
+    name="kvcodec",
+    help="Look at stored KV-cache pages, check whole stores, and measure the codec.",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
+_Namespace = Annotated[
+    str, typer.Option("--namespace", metavar="DIGEST", help="Only this namespace: 32 hex digits.")
+]
+_Timeout = Annotated[
+    float, typer.Option("--timeout", min=0.001, max=3600, help="Seconds a store call may take.")
+]
+
+#: typer's root of errors about arguments; some of its versions bring their own copy of click.
+_ArgumentError: type[Exception] = next(
+    base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        write_line(sys.stdout, f"kvcodec {version('kvcodec')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Look at stored KV-cache pages, check whole stores, and measure the codec."""
+    if context.invoked_subcommand is None and not version:
+        help_text = context.get_help()  # with rich, typer prints it and returns nothing
+        if help_text.strip():
+            write_line(sys.stdout, help_text)
+        raise typer.Exit(ExitCode.USAGE)
+
+
+@app.command()
+def inspect(
+    page: Annotated[str, typer.Argument(metavar="PAGE", help="A file, or the URL of a store.")],
+    key: Annotated[
+        str | None,
+        typer.Argument(metavar="KEY", help="With a URL: an object name or an engine's key."),
+    ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="One line per layer.")] = False,
+    namespace: _Namespace = "",
+    timeout: _Timeout = 10.0,
+    as_json: _Json = False,
+) -> int:
+    """Show what a stored page says about itself, and whether it is sound.
+
+    Exit code 2 if the page is damaged, 3 if its version is unknown.
+    """
+    from kvcodec.cli.inspection_text import run_inspect
+
+    return run_inspect(page, key, layers, namespace, timeout, as_json)
+
+
+@app.command()
+def verify(
+    url: Annotated[str, typer.Argument(metavar="URL", help="The URL of a store.")],
+    namespace: _Namespace = "",
+    threads: Annotated[
+        int, typer.Option("--threads", min=1, max=64, help="How many pages to read at a time.")
+    ] = 4,
+    timeout: _Timeout = 10.0,
+    delete_bad: Annotated[
+        bool,
+        typer.Option("--delete-bad", help="Delete damaged pages; never unsupported ones."),
+    ] = False,
+    as_json: _Json = False,
+) -> int:
+    """Read every page of a store and check every byte of it.
+
+    Exit code 2 if a page is damaged or lies under a wrong name, 4 if some could not be read, 3 if
+    some are of an unknown version.
+    """
+    from kvcodec.cli.verification_text import run_verify
+
+    return run_verify(
+        url,
+        namespace=namespace,
+        threads=threads,
+        timeout=timeout,
+        delete_bad=delete_bad,
+        as_json=as_json,
+    )
+
+
+def run(words: list[str]) -> int:
+    """Run a command line. Raises `ConfigError` for arguments that typer refuses."""
+    try:
+        return int(app(words, prog_name="kvcodec", standalone_mode=False) or 0)
+    except _ArgumentError as error:
+        message = error.format_message()  # type: ignore[attr-defined]
+        raise ConfigError(f"{message.rstrip('.')}. See: kvcodec --help") from error
+    except typer.Abort as error:
+        raise KeyboardInterrupt from error

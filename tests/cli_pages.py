@@ -1,0 +1,92 @@
+"""Stored pages, and command lines to look at them with, for the tests of the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import xxhash
+
+from kvcodec import reference
+from kvcodec.backend import Backend, open_backend
+from kvcodec.cli import main
+from kvcodec.format import Extension, pad64
+from kvcodec.identity import Identity, Namespace
+from kvcodec.layout import DType, PageLayout
+from kvcodec.plan import PagePlan
+from kvcodec.spec import CodecSpec
+
+HEADS, TOKENS, SIZE = 2, 16, 64
+
+
+def namespace_of(rank: int = 0, layers: int = 4, model: str = "test/model") -> Namespace:
+    layout = PageLayout.mha(
+        dtype=DType.BF16,
+        token_count=TOKENS,
+        layer_count=layers,
+        head_count=HEADS,
+        head_size=SIZE,
+        layer_start=2,
+    )
+    return Namespace(Identity.of(model=model, rank=rank), layout)
+
+
+def make_page(
+    key: str = "k" * 64,
+    spec: str = "key=int8-g64 value=int4-asym-g64",
+    namespace: Namespace | None = None,
+    scale: float = 1.0,
+    extensions: Sequence[Extension] = (),
+    nan: bool = False,
+) -> bytes:
+    """A page by the slow encoder; needs no native library."""
+    namespace = namespace or namespace_of()
+    layout = namespace.layout
+    codecs = CodecSpec.parse(spec).section_codecs(layout)
+    plan = PagePlan.build(namespace, codecs, len(key.encode()), extensions)
+    rng = np.random.default_rng(7)
+    sections = []
+    for codec in plan.codecs:
+        values = scale * rng.standard_normal((HEADS, TOKENS, SIZE)).astype(np.float32)
+        if nan:
+            values[0, 0, 0] = np.nan
+        bits = reference.from_float32(values, layout.dtype)
+        data, _ = reference.encode_section(bits, layout.dtype, codec)
+        sections.append(data.ljust(pad64(len(data)), b"\0"))
+    checksums = [xxhash.xxh3_64_intdigest(section) for section in sections]
+    return plan.finished_header(key, checksums) + b"".join(sections)
+
+
+def flipped(page: bytes, offset: int) -> bytes:
+    """The page with one bit turned; negative offsets count from its end."""
+    damaged = bytearray(page)
+    damaged[offset] ^= 1
+    return bytes(damaged)
+
+
+def put(backend: Backend, name: str, page: bytes) -> str:
+    assert backend.put([name], [memoryview(page)], timeout_seconds=5) == [None]
+    return name
+
+
+def fill(url: str, pages: dict[str, bytes]) -> None:
+    backend = open_backend(url)
+    for name, page in pages.items():
+        put(backend, name, page)
+    backend.close()
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, Any, str]:
+    """Exit code, the document on stdout (which must be all there is), and stderr."""
+    code = main([*words, "--json"])
+    captured = capsys.readouterr()
+    return code, json.loads(captured.out), captured.err
+
+
+def run_text(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = main(list(words))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
