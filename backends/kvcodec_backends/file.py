@@ -53,12 +53,12 @@ from kvcodec_backends._file_writer import ObjectWriter
 
 __all__ = ["FileBackend"]
 
-#: Within a quota objects are admitted together as long as they are at most this part of it, so
-#: that usage never goes far below the limit to make room for one batch.
-BATCH_QUOTA_SHARE = 16
-#: How long the ledger may stay locked: whoever opens a store alone counts its files under the lock.
-OPEN_LOCK_TIMEOUT_SECONDS = 60.0
-PUT_LOCK_TIMEOUT_SECONDS = 0.25
+# Within a quota objects are admitted together as long as they are at most this part of it, so
+# that usage never goes far below the limit to make room for one batch.
+_BATCH_QUOTA_SHARE = 16
+# How long the ledger may stay locked: whoever opens a store alone counts its files under the lock.
+_OPEN_LOCK_TIMEOUT_SECONDS = 60.0
+_PUT_LOCK_TIMEOUT_SECONDS = 0.25
 
 
 class FileBackend(Backend):
@@ -118,7 +118,7 @@ class FileBackend(Backend):
         if self._max_bytes is None:
             return [self._put_by(deadline, name, view) for name, view in pairs]
         results: list[PutResult] = []
-        for group in _grouped(pairs, self._max_bytes // BATCH_QUOTA_SHARE):
+        for group in _grouped(pairs, self._max_bytes // _BATCH_QUOTA_SHARE):
             results += self._put_within_quota(deadline, group, self._max_bytes)
         return results
 
@@ -218,11 +218,11 @@ class FileBackend(Backend):
             self._writer.make_directories()
             self._count("swept_orphans", sweep_orphans(self._writer.temporaries))
             if self._max_bytes is not None:
-                self._open_quota(OPEN_LOCK_TIMEOUT_SECONDS)
+                self._open_quota(_OPEN_LOCK_TIMEOUT_SECONDS)
         except BlockingIOError as error:
             raise ConfigError(
                 f"{self._url}: another process holds the ledger of this store for more than "
-                f"{OPEN_LOCK_TIMEOUT_SECONDS:g} s; see whether it is stopped"
+                f"{_OPEN_LOCK_TIMEOUT_SECONDS:g} s; see whether it is stopped"
             ) from error
         except OSError:
             # Every put tries again, and answers what is wrong.
@@ -274,7 +274,7 @@ class FileBackend(Backend):
         if deadline.passed():
             return [deadline.error("put", name) for name, _ in pairs]
         try:
-            quota = self._open_quota(PUT_LOCK_TIMEOUT_SECONDS)
+            quota = self._open_quota(_PUT_LOCK_TIMEOUT_SECONDS)
             assert quota is not None
             quota.reserve(admitted_bytes)
         except OSError as error:

@@ -1,0 +1,132 @@
+"""Sequences of backend calls, made up and shortened by hypothesis, compared with a dict."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
+
+from kvcodec.backend import Backend
+
+__all__ = ["BackendMachine", "compare_with_dict"]
+
+BUFFER_BYTES = 5000
+
+# Few names, so that calls meet; several of one batch may be the same.
+_digests = st.integers(0, 5).map(lambda number: f"{number:064x}")
+_batches = st.lists(_digests, max_size=6)
+_objects = st.builds(
+    lambda size, seed: bytes((seed + index) & 255 for index in range(size)),
+    st.one_of(st.integers(1, 16), st.integers(1, BUFFER_BYTES)),
+    st.integers(0, 255),
+)
+
+
+def compare_with_dict(
+    open_backend: Callable[[], Backend],
+    *,
+    keeps_objects: bool,
+    example_count: int,
+    timeout_seconds: float,
+) -> None:
+    """Run sequences of calls against the store and a dict; AssertionError where they differ."""
+
+    class Machine(BackendMachine):
+        """hypothesis makes one without arguments for each sequence."""
+
+        def __init__(self) -> None:
+            super().__init__(open_backend, keeps_objects, timeout_seconds)
+
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(
+            max_examples=example_count,
+            stateful_step_count=30,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+class BackendMachine(RuleBasedStateMachine):
+    """One sequence of calls."""
+
+    def __init__(
+        self, open_backend: Callable[[], Backend], keeps_objects: bool, timeout_seconds: float
+    ) -> None:
+        super().__init__()
+        self.open_backend = open_backend
+        self.keeps_objects = keeps_objects
+        self.timeout_seconds = timeout_seconds
+        self.backend = open_backend()
+        # A namespace for each sequence: the store need not be emptied in between.
+        self.namespace = os.urandom(16).hex()
+        self.model: dict[str, bytes] = {}
+
+    def _named(self, digests: list[str]) -> list[str]:
+        return [f"{self.namespace}/{digest}" for digest in digests]
+
+    @rule(entries=st.lists(st.tuples(_digests, _objects), max_size=6))
+    def put(self, entries: list[tuple[str, bytes]]) -> None:
+        """Some names may be there already, or twice."""
+        names = self._named([digest for digest, _ in entries])
+        views = [memoryview(data) for _, data in entries]
+        results = self.backend.put(names, views, timeout_seconds=self.timeout_seconds)
+        assert results == [None] * len(names)
+        self.model.update((name, bytes(view)) for name, view in zip(names, views, strict=True))
+
+    @rule(digests=_batches)
+    def get(self, digests: list[str]) -> None:
+        """Some may be missing."""
+        names = self._named(digests)
+        buffers = [memoryview(bytearray(BUFFER_BYTES)) for _ in names]
+        results = self.backend.get_into(names, buffers, timeout_seconds=self.timeout_seconds)
+        found = [
+            result if result is None else bytes(buffer[:result])
+            for result, buffer in zip(results, buffers, strict=True)
+            if not isinstance(result, Exception)
+        ]
+        assert found == [self.model.get(name) for name in names], results
+
+    @rule(digests=_batches)
+    def exists(self, digests: list[str]) -> None:
+        """One answer for each."""
+        names = self._named(digests)
+        results = self.backend.exists(names, timeout_seconds=self.timeout_seconds)
+        assert results == [name in self.model for name in names]
+
+    @rule(digests=_batches)
+    def delete(self, digests: list[str]) -> None:
+        """The second of two equal names finds nothing."""
+        names = self._named(digests)
+        results = self.backend.delete(names, timeout_seconds=self.timeout_seconds)
+        assert results == [self.model.pop(name, None) is not None for name in names]
+
+    @rule(digest=_digests)
+    def stat(self, digest: str) -> None:
+        """None, or the right length."""
+        (name,) = self._named([digest])
+        info = self.backend.stat(name, timeout_seconds=self.timeout_seconds)
+        expected = self.model.get(name)
+        assert (info and info.stored_bytes) == (expected and len(expected))
+
+    @rule()
+    def list_all(self) -> None:
+        """Exactly what is there."""
+        listed = [(info.name, info.stored_bytes) for info in self.backend.list(self.namespace)]
+        assert sorted(listed) == sorted((name, len(data)) for name, data in self.model.items())
+
+    @rule()
+    def reopen(self) -> None:
+        """Nothing is lost."""
+        if self.keeps_objects:
+            self.backend.close()
+            self.backend = self.open_backend()
+
+    def teardown(self) -> None:
+        """Leave the store as it was."""
+        self.backend.delete(list(self.model), timeout_seconds=self.timeout_seconds)
+        self.backend.close()
