@@ -1,0 +1,79 @@
+"""What the adapter tells of itself: batches for SGLang's metrics, and a log that stays quiet."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sglang.srt.observability.metrics_collector import StorageMetrics
+
+__all__ = ["RateLimitedLog", "TransferStats"]
+
+
+class RateLimitedLog:
+    """One line per kind of event and minute, with the number of those left out."""
+
+    def __init__(self, logger: logging.Logger, interval_seconds: float = 60.0) -> None:
+        self._logger = logger
+        self._interval_seconds = interval_seconds
+        self._quiet_until: dict[str, float] = {}
+        self._left_out: dict[str, int] = {}
+
+    def warning(self, kind: str, message: str, *arguments: object) -> None:
+        """Log unless an event of this kind was logged within the interval."""
+        now = time.monotonic()
+        if now < self._quiet_until.get(kind, 0.0):
+            self._left_out[kind] = self._left_out.get(kind, 0) + 1
+            return
+        self._quiet_until[kind] = now + self._interval_seconds
+        left_out = self._left_out.pop(kind, 0)
+        text = message % arguments
+        if left_out:
+            text += f" ({left_out} like this since the last line)"
+        self._logger.warning("kvcodec: %s", text)
+
+
+class TransferStats:
+    """Pages and GB/s of each batch, in the lists that SGLang's metrics consume.
+
+    `take` swaps the lists for new ones: the scheduler's thread, which asks at every step, waits for
+    nothing. A batch that ends at that very moment may be left out.
+    """
+
+    def __init__(self, *, is_wanted: bool) -> None:
+        self._is_wanted = is_wanted
+        self._metrics = _empty() if is_wanted else None
+
+    def add_prefetch(self, results: Sequence[bool], page_bytes: int, seconds: float) -> None:
+        """A batch of pages was read; `page_bytes` are those of a raw page."""
+        metrics = self._metrics
+        if metrics is not None and any(results):
+            metrics.prefetch_pgs.append(sum(results))
+            metrics.prefetch_bandwidth.append(_gigabytes(results, page_bytes, seconds))
+
+    def add_backup(self, results: Sequence[bool], page_bytes: int, seconds: float) -> None:
+        """A batch of pages was stored."""
+        metrics = self._metrics
+        if metrics is not None and any(results):
+            metrics.backup_pgs.append(sum(results))
+            metrics.backup_bandwidth.append(_gigabytes(results, page_bytes, seconds))
+
+    def take(self) -> StorageMetrics | None:
+        """Everything since the last question, None if SGLang does not collect metrics."""
+        if not self._is_wanted:
+            return None
+        taken, self._metrics = self._metrics, _empty()
+        return taken
+
+
+def _empty() -> StorageMetrics:
+    from sglang.srt.observability.metrics_collector import StorageMetrics
+
+    return StorageMetrics()
+
+
+def _gigabytes(results: Sequence[bool], page_bytes: int, seconds: float) -> float:
+    return sum(results) * page_bytes / max(seconds, 1e-9) / 1e9

@@ -1,0 +1,179 @@
+"""The options of ``--hicache-storage-backend-extra-config``, read once, strictly.
+
+Every option that is not SGLang's own must be known here, and what cannot be honoured is a
+`ConfigError` at start-up.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+from kvcodec.backend import parse_byte_count
+from kvcodec.errors import ConfigError
+from kvcodec.spec import SPEC_OPTIONS, CodecSpec
+from kvcodec.store import StoreOptions
+
+__all__ = ["KNOWN_OPTIONS", "SGLANG_OPTIONS", "AdapterOptions"]
+
+_PASS_PREFIX_KEYS = "hicache_storage_pass_prefix_keys"
+
+#: What SGLang reads from the same dictionary. It takes most of these out before a backend sees
+#: them, but not in every version and not on every path.
+SGLANG_OPTIONS = frozenset(
+    {
+        "backend_name",
+        "class_name",
+        "file_storage_path",
+        _PASS_PREFIX_KEYS,
+        "interface_v1",
+        "module_path",
+        "prefetch_threshold",
+        "prefetch_timeout_base",
+        "prefetch_timeout_per_ki_token",
+        "tp_lcm_size",
+    }
+)
+
+STORE_OPTIONS = frozenset(field.name for field in fields(StoreOptions))
+
+_OWN_OPTIONS = frozenset(
+    {
+        "url",
+        "namespace",
+        "revision",
+        "salt",
+        "residual_length",
+        "sink_tokens",
+        "protected_preset",
+    }
+)
+
+KNOWN_OPTIONS = _OWN_OPTIONS | SPEC_OPTIONS | STORE_OPTIONS
+
+_MAX_PROTECTED_TOKENS = 1 << 24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterOptions:
+    """What the user asked for.
+
+    `residual_tokens` at the end of every backup call, and `sink_tokens` at the start of every
+    sequence, are stored with `protected_spec`. `passes_prefix_keys` says whether SGLang tells where
+    in its sequence a page stands; None where that cannot be known beforehand. `salt_digest` stands
+    for the salt, which is kept nowhere.
+    """
+
+    url: str
+    spec: CodecSpec
+    protected_spec: CodecSpec
+    store: StoreOptions
+    namespace: str = ""
+    revision: str = ""
+    salt_digest: str = ""
+    residual_tokens: int = 0
+    sink_tokens: int = 0
+    passes_prefix_keys: bool | None = None
+
+    @classmethod
+    def parse(cls, extra: Mapping[str, object] | None) -> AdapterOptions:
+        """Options from SGLang's extra configuration. Raises `ConfigError`."""
+        extra = dict(extra or {})
+        for name in extra:
+            if name not in KNOWN_OPTIONS and name not in SGLANG_OPTIONS:
+                raise ConfigError(_unknown(name))
+        passes = extra.get(_PASS_PREFIX_KEYS)
+        options = cls(
+            url=_url(extra),
+            spec=CodecSpec.from_options(_subset(extra, SPEC_OPTIONS)),
+            protected_spec=CodecSpec.parse(_text("protected_preset", extra, "raw")),
+            store=_store_options(extra),
+            namespace=_text("namespace", extra, ""),
+            revision=_text("revision", extra, ""),
+            salt_digest=_digest(_text("salt", extra, "")),
+            residual_tokens=_tokens("residual_length", extra),
+            sink_tokens=_tokens("sink_tokens", extra),
+            passes_prefix_keys=passes if isinstance(passes, bool) else None,
+        )
+        options._check(extra)
+        return options
+
+    def _check(self, extra: Mapping[str, object]) -> None:
+        if self.sink_tokens and self.passes_prefix_keys is False:
+            raise ConfigError(
+                f"sink_tokens is {self.sink_tokens}, but SGLang does not say where a page stands "
+                f'in its sequence: set "{_PASS_PREFIX_KEYS}": true as well'
+            )
+        if "protected_preset" in extra and not (self.sink_tokens or self.residual_tokens):
+            raise ConfigError(
+                "protected_preset has no effect without residual_length or sink_tokens"
+            )
+
+    def without_layers(self) -> AdapterOptions:
+        """The same options for a pool whose layers are not the model's own, such as a draft's."""
+        return replace(
+            self,
+            spec=replace(self.spec, layers=()),
+            protected_spec=replace(self.protected_spec, layers=()),
+        )
+
+    def as_raw(self) -> AdapterOptions:
+        """The same options for a pool whose bytes must not change."""
+        return replace(self, spec=CodecSpec(), protected_spec=CodecSpec())
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, sorted(KNOWN_OPTIONS | SGLANG_OPTIONS), n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {_listing()}"
+    return f"unknown option {name!r} in --hicache-storage-backend-extra-config: {hint}"
+
+
+def _listing() -> str:
+    return ", ".join(sorted(KNOWN_OPTIONS))
+
+
+def _subset(extra: Mapping[str, object], names: frozenset[str]) -> dict[str, object]:
+    return {name: value for name, value in extra.items() if name in names}
+
+
+def _text(name: str, extra: Mapping[str, object], default: str) -> str:
+    value = extra.get(name, default)
+    if not isinstance(value, str):
+        raise ConfigError(f"{name} is {value!r}, wanted a text")
+    return value
+
+
+def _url(extra: Mapping[str, object]) -> str:
+    url = _text("url", extra, "")
+    if not url:
+        raise ConfigError(
+            "kvcodec needs to know where to keep pages: give 'url' in "
+            "--hicache-storage-backend-extra-config, such as "
+            '\'{"url": "file:///var/cache/kv"}\''
+        )
+    return url
+
+
+def _tokens(name: str, extra: Mapping[str, object]) -> int:
+    value = extra.get(name, 0)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or not 0 <= value <= _MAX_PROTECTED_TOKENS:  # type: ignore[operator]
+        raise ConfigError(f"{name} is {value!r}, allowed is 0 to {_MAX_PROTECTED_TOKENS} tokens")
+    assert isinstance(value, int)
+    return value
+
+
+def _store_options(extra: Mapping[str, object]) -> StoreOptions:
+    """`buffer_bytes` may be a text such as ``"256MiB"``."""
+    chosen = _subset(extra, STORE_OPTIONS)
+    if isinstance(chosen.get("buffer_bytes"), str):
+        chosen["buffer_bytes"] = parse_byte_count("buffer_bytes", str(chosen["buffer_bytes"]))
+    return StoreOptions(**chosen)  # type: ignore[arg-type]
+
+
+def _digest(salt: str) -> str:
+    if not salt:
+        return ""
+    return hashlib.sha256(b"kvcodec salt 1\0" + salt.encode()).hexdigest()[:32]
