@@ -10,8 +10,10 @@ PYTEST_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-NATIVE := $(wildcard kvcodec/native/*.cpp kvcodec/native/*.h) kvcodec/native/CMakeLists.txt
-SGLANG_ENV := tools/install_sglang.sh $(shell find tools/sglang_cpu -type f -not -path '*/__pycache__/*' 2>/dev/null)
+NATIVE := $(wildcard kvcodec/native/*.cpp kvcodec/native/*.h kvcodec/native/*.map) \
+  kvcodec/native/CMakeLists.txt
+SGLANG_ENV := tools/install_sglang.sh \
+  $(shell find tools/sglang_cpu -type f -not -path '*/__pycache__/*' 2>/dev/null)
 
 # A stamp is younger than what it was made from: a second run does nothing.
 SYSTEM := $(VENV)/stamp-system
@@ -19,7 +21,7 @@ PYTHON_ENV := $(VENV)/stamp-python
 INSTALLED := $(VENV)/stamp-installed
 SGLANG := $(VENV)/stamp-sglang
 
-.PHONY: help setup sglang demo test check lint types pytest dist clean distclean
+.PHONY: help setup sglang demo test check lint types pytest native-test dist clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -35,7 +37,7 @@ demo: $(SGLANG)  ## SGLang on this CPU backs pages up through kvcodec and prefet
 test: $(SGLANG) lint types  ## everything CI checks: lint, types, import contracts, tests
 	$(BIN)/pytest -q $(PYTEST_ARGS)
 
-check:  ## what CI runs: make demo, then make test
+check:  ## what CI runs: demo, native-test, test
 	.ci/run
 
 lint: $(INSTALLED)  ## ruff
@@ -46,6 +48,16 @@ types: $(INSTALLED)  ## mypy, strict, on the four packages
 
 pytest: $(INSTALLED)  ## the tests alone; PYTEST_ARGS="-k layout"
 	$(BIN)/pytest -q $(PYTEST_ARGS)
+
+native-test: $(INSTALLED)  ## libkvcodec under sanitizers, without Python; warnings are errors
+	for kind in address,undefined thread; do \
+	  $(BIN)/cmake -S kvcodec/native -B build/$${kind%,*} -G Ninja -DKVCODEC_SANITIZE=$$kind \
+	    -DKVCODEC_WERROR=ON -DKVCODEC_BUILD_TESTS=ON -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	  && $(BIN)/cmake --build build/$${kind%,*} --target driver || exit 1; \
+	done
+	build/address/driver all
+	build/thread/driver threads
+	build/thread/driver compare 30
 
 dist: $(INSTALLED)  ## sdist and wheel in dist/
 	$(BIN)/python -m build --no-isolation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -83,6 +84,15 @@ def test_library_loads_alone(unpacked: Path):
     loaded = run.stdout.split()
     assert "libkvcodec.so" in loaded
     assert [name for name in loaded if name.startswith(("libxxhash", "libstdc++"))] == []
+
+
+def test_library_exports_what_the_header_declares_and_nothing_else(unpacked: Path):
+    native = unpacked / "kvcodec" / "native"
+    header = (native / "kvcodec.h").read_text()
+    declared = set(re.findall(r"^KVC_EXPORT .*?\b(kvc_\w+)\(", header, re.MULTILINE))
+    command = ["nm", "--dynamic", "--defined-only", str(native / "libkvcodec.so")]
+    run = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert {line.split()[-1] for line in run.stdout.splitlines()} == declared
 
 
 def test_installed_package_imports_from_the_wheel(unpacked: Path):
