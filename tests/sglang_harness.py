@@ -1,7 +1,8 @@
 """SGLang's real hierarchical cache, in this process, around one storage backend.
 
 ``UnifiedRadixCache`` -> ``HybridCacheController`` with its threads -> host pools -> storage
-backend: the classes that a scheduler process of SGLang 0.5.23 runs, on CPU tensors, without a model.
+backend: the classes that a scheduler process of SGLang 0.5.23 runs, on CPU tensors, and without a
+model.
 
     with HiCacheSession(kind="mha", layout="page_first", backend="file", extra=...) as session:
         tokens = make_tokens(256, seed=1)
@@ -39,7 +40,7 @@ HAS_SGLANG = all(map(importlib.util.find_spec, ("sglang", "sglang_cpu_bridge")))
 
 def make_tokens(count: int, seed: int = 0) -> list[int]:
     """Token ids that differ from those of any other seed from the first page on."""
-    return np.random.default_rng(seed).integers(0, 50_000, count).tolist()
+    return [int(token) for token in np.random.default_rng(seed).integers(0, 50_000, count)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,7 +337,7 @@ class HiCacheSession:
     def _prefix_keys(self, node: Any) -> list[str] | None:
         if not self.cache.hicache_storage_pass_prefix_keys:
             return None
-        return self.cache.get_prefix_hash_values(node)
+        return list(self.cache.get_prefix_hash_values(node))
 
     def _load_back(self, before: Any, after: Any) -> KVRows:
         controller = self.controller
@@ -379,14 +380,14 @@ class HiCacheSession:
         )
         if not attached:
             raise RuntimeError(message)
-        return message
+        return str(message)
 
     def detach(self) -> str:
         """Detach the storage backend; returns SGLang's message."""
         detached, message = self.cache.detach_storage_backend()
         if not detached:
             raise RuntimeError(message)
-        return message
+        return str(message)
 
 
 def file_extra(directory: str | os.PathLike[str]) -> dict[str, object]:

@@ -74,7 +74,7 @@ class KVRows:
     @property
     def token_count(self) -> int:
         """How many tokens have full-attention rows here."""
-        return next(iter(self.rows.values())).shape[1]
+        return int(next(iter(self.rows.values())).shape[1])
 
     def _parts(self) -> dict[str, Any]:
         return {**self.rows, **{f"swa_{name}": rows for name, rows in self.swa.items()}}
@@ -122,7 +122,7 @@ class KVRows:
 def _numbers(rows: Any, dtype: Any) -> np.ndarray:
     import torch
 
-    return (rows.view(dtype) if rows.dtype == torch.uint8 else rows).float().numpy()
+    return np.asarray((rows.view(dtype) if rows.dtype == torch.uint8 else rows).float())
 
 
 def _draw_normal(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:

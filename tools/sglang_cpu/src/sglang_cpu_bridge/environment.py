@@ -33,6 +33,9 @@ def server_environment(
         SGLANG_CPU_OMP_THREADS_BIND="|".join(str(r % core_count) for r in range(tp_size)),
         # Two threads make each small parallel region of torch cost some 12 ms instead of 0.2 ms.
         OMP_NUM_THREADS="1",
+        # Compiling for the first request takes 8 s, which a short-lived server never earns back.
+        TORCHDYNAMO_DISABLE="1",
+        GLOO_SOCKET_IFNAME="lo",
         HF_HUB_OFFLINE="1",
         TOKENIZERS_PARALLELISM="false",
     )
