@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -31,6 +32,7 @@ class Axis(enum.IntEnum):
 
 
 _CODEC_TEXT = re.compile(r"int([248])(-channel)?(-asym)?(?:-g([1-9]\d{0,9}))?", re.ASCII)
+_LAYER_TEXT = re.compile(r"\d{1,10}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +191,7 @@ class CodecSpec:
         layers = []
         for name in [name for name in fields if name.startswith("layer.")]:
             key, comma, value = fields.pop(name).partition(",")
-            if not comma or not name[6:].isdecimal():
+            if not comma or not _LAYER_TEXT.fullmatch(name[6:]):
                 raise ConfigError(_unknown_spec(text))
             layers.append((int(name[6:]), SectionCodec.parse(key), SectionCodec.parse(value)))
         rope = fields.pop("rope", None)
@@ -216,10 +218,11 @@ class CodecSpec:
     @classmethod
     def from_options(cls, options: Mapping[str, object]) -> CodecSpec:
         """A spec from user options: `preset` (default ``kv4``) or `spec` (text), then KVTuner's
-        names on top.
+        names on top: bits for keys and values in general or for single layers, the other options
+        for every codec there is.
 
-        Raises `ConfigError` for an unknown name, a value out of range, or two options that exclude
-        each other.
+        Raises `ConfigError` for an unknown name, a value out of range, two options that exclude
+        each other, or an option without effect because everything it names is stored raw.
         """
         unknown = sorted(set(options) - SPEC_OPTIONS)
         if unknown:
@@ -231,15 +234,23 @@ class CodecSpec:
         base = cls.parse(_text("spec" if "spec" in options else "preset", options, "kv4"))
         if "rope" in options:
             base = replace(base, rope=SectionCodec.parse(_text("rope", options, "")))
-        key = _override(base.key, "key", options)
-        value = _override(base.value, "value", options)
-        table = _layer_table(options)
-        layers = {layer: (k, v) for layer, k, v in base.layers}
-        for layer, entry in table.items():
+        key = _with_options(base.key, "key", options, options)
+        value = _with_options(base.value, "value", options, options)
+        layers = {
+            layer: (_with_options(k, "key", {}, options), _with_options(v, "value", {}, options))
+            for layer, k, v in base.layers
+        }
+        for layer, entry in _layer_table(options).items():
+            bits, where = {**options, **entry}, f"layer {layer}: "
             layers[layer] = (
-                _with_bits(key, entry.get("nbits_key"), f"layer {layer}: nbits_key", options),
-                _with_bits(value, entry.get("nbits_value"), f"layer {layer}: nbits_value", options),
+                _with_options(base.key, "key", bits, options, where),
+                _with_options(base.value, "value", bits, options, where),
             )
+        _check_effect(
+            options,
+            keys=[key, *(k for k, _ in layers.values())],
+            values=[value, *(v for _, v in layers.values())],
+        )
         return replace(
             base,
             key=key,
@@ -301,44 +312,55 @@ def _integer(name: str, value: object, allowed: str, low: int, high: int) -> int
     return value
 
 
-def _override(codec: SectionCodec, which: str, options: Mapping[str, object]) -> SectionCodec:
-    """`codec` with KVTuner's options for keys or values laid over it."""
-    codec = _with_bits(codec, options.get(f"nbits_{which}"), f"nbits_{which}", options)
-    if codec.kind is Kind.RAW:
-        return codec
+def _with_options(
+    codec: SectionCodec,
+    which: str,
+    bits: Mapping[str, object],
+    options: Mapping[str, object],
+    where: str = "",
+) -> SectionCodec:
+    """`codec` with the number of bits that `bits` may give, and KVTuner's other options over it.
+
+    Sixteen bits are raw. Two bits turn asymmetric unless `asym` says otherwise.
+    """
+    name = f"nbits_{which}"
+    if name in bits:
+        count = bits[name]
+        if isinstance(count, bool) or not isinstance(count, int) or count not in (2, 4, 8, 16):
+            raise ConfigError(f"{where}{name} is {count!r}, allowed is 2, 4, 8 or 16 (raw)")
+        if count == 16:
+            codec = RAW
+        elif codec.kind is Kind.RAW:
+            codec = SectionCodec.integer(count, asymmetric=count == 2, group_size=64)
+        else:
+            codec = replace(codec, bits=count, asymmetric=codec.asymmetric or count == 2)
+    changes: dict[str, Any] = {}
     if "asym" in options:
         if not isinstance(options["asym"], bool):
             raise ConfigError(f"asym is {options['asym']!r}, allowed is true or false")
-        codec = replace(codec, asymmetric=options["asym"])
-    if f"axis_{which}" in options:
-        name = f"axis_{which}"
-        axis = Axis(_integer(name, options[name], "0 (per token) or 1 (per channel)", 0, 1))
-        codec = replace(codec, axis=axis)
+        changes["asymmetric"] = options["asym"]
+    name = f"axis_{which}"
+    if name in options:
+        allowed = "0 (per token) or 1 (per channel)"
+        changes["axis"] = Axis(_integer(name, options[name], allowed, 0, 1))
     if "q_group_size" in options:
         size = options["q_group_size"]
-        if size != -1:
+        if isinstance(size, bool) or size != -1:
             size = _integer("q_group_size", size, "-1 (whole row) or 1 and up", 1, MAX_HEAD_SIZE)
-        codec = replace(codec, group_size=size)
-    return codec
+        changes["group_size"] = size
+    return codec if codec.kind is Kind.RAW else replace(codec, **changes)
 
 
-def _with_bits(
-    codec: SectionCodec, bits: object, name: str, options: Mapping[str, object]
-) -> SectionCodec:
-    """`codec` with another number of bits; 16 is raw. Fewer than 4 bits turn asymmetric unless
-    `asym` says otherwise.
-    """
-    if bits is None:
-        return codec
-    if isinstance(bits, bool) or bits not in (2, 4, 8, 16):
-        raise ConfigError(f"{name} is {bits!r}, allowed is 2, 4, 8 or 16 (raw)")
-    assert isinstance(bits, int)
-    if bits == 16:
-        return RAW
-    if codec.kind is Kind.RAW:
-        codec = SectionCodec.integer(bits, group_size=64)
-    asymmetric = codec.asymmetric or (bits == 2 and options.get("asym") is not False)
-    return replace(codec, bits=bits, asymmetric=asymmetric)
+def _check_effect(
+    options: Mapping[str, object], keys: Sequence[SectionCodec], values: Sequence[SectionCodec]
+) -> None:
+    """Refuse an option that changes nothing because what it names is stored raw."""
+    named = {"axis_key": keys, "axis_value": values, "asym": [*keys, *values]}
+    named["q_group_size"] = named["asym"]
+    for name, codecs in named.items():
+        if name in options and all(codec.kind is Kind.RAW for codec in codecs):
+            what = {"axis_key": "keys are", "axis_value": "values are"}.get(name, "everything is")
+            raise ConfigError(f"{name} has no effect: {what} stored raw")
 
 
 def _layer_table(options: Mapping[str, object]) -> dict[int, Mapping[str, object]]:
@@ -350,8 +372,12 @@ def _layer_table(options: Mapping[str, object]) -> dict[int, Mapping[str, object
     if "per_layer_config_path" in options:
         path = Path(_text("per_layer_config_path", options, ""))
         try:
-            table = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            text = path.read_text(encoding="utf-8")
+            _check_unique(yaml.compose(text, Loader=yaml.SafeLoader))
+            table = yaml.safe_load(text)
+        except ConfigError:
+            raise
+        except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(
                 f"per_layer_config_path {str(path)!r} cannot be read: {error}"
             ) from error
@@ -364,7 +390,8 @@ def _layer_table(options: Mapping[str, object]) -> dict[int, Mapping[str, object
         )
     layers: dict[int, Mapping[str, object]] = {}
     for layer, entry in table.items():
-        index = int(layer) if isinstance(layer, str) and layer.isdecimal() else layer
+        is_number = isinstance(layer, str) and _LAYER_TEXT.fullmatch(layer)
+        index = int(layer) if is_number else layer
         index = _integer("layer index in the layer table", index, "0 and up", 0, 2**31)
         if (
             not isinstance(entry, Mapping)
@@ -378,3 +405,15 @@ def _layer_table(options: Mapping[str, object]) -> dict[int, Mapping[str, object
             raise ConfigError(f"layer {index} appears twice in the layer table")
         layers[index] = entry
     return layers
+
+
+def _check_unique(node: yaml.Node | None) -> None:
+    """Refuse a mapping with a key that appears twice; YAML would silently keep the last."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: set[str] = set()
+    for key, value in node.value:
+        if key.value in seen:
+            raise ConfigError(f"{key.value!r} appears twice in the layer table")
+        seen.add(str(key.value))
+        _check_unique(value)
