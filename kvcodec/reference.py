@@ -88,6 +88,7 @@ def _encode_groups(
                 )
                 zero = ((raw & np.uint32(0xFFFF0000)) + away).astype(np.uint32).view(np.float32)
             span = groups.max(axis=-1) - zero
+            outside |= ~np.isfinite(span)
             factor = np.float32(1.0 / (2**bits - 1))
         else:
             zero = np.zeros(groups.shape[:-1], np.float32)
@@ -98,9 +99,9 @@ def _encode_groups(
         value = (scale.astype(np.uint32) << np.uint32(16)).view(np.float32)
         inverse = np.where(scale > 0, np.float32(1) / value, np.float32(0)).astype(np.float32)
         distance = groups - zero[..., None]
-        codes = np.rint(distance.astype(np.float64) * inverse[..., None].astype(np.float64)).astype(
-            np.int64
-        )
+        product = distance.astype(np.float64) * inverse[..., None].astype(np.float64)
+    product[outside] = 0
+    codes = np.rint(product).astype(np.int64)
     if not codec.asymmetric:
         codes += 1 << (bits - 1)
     assert ((codes >= 0) & (codes < 1 << bits)).all()
@@ -172,7 +173,8 @@ def decode_section(
             zero.astype(np.uint16), DType.FP16 if dtype is DType.FP16 else DType.BF16
         )
     else:
-        scale, offset = parameters, np.zeros(parameters.shape, np.float32)
+        # A sum with -0 is the product itself, the sign of a zero included.
+        scale, offset = parameters, np.full(parameters.shape, -0.0, np.float32)
         codes -= 1 << (codec.bits - 1)
     step = (scale.astype(np.uint32) << np.uint32(16)).view(np.float32)
     with np.errstate(all="ignore"):

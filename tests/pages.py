@@ -24,6 +24,22 @@ ELEMENT_BITS = {DType.BF16: np.uint16, DType.FP16: np.uint16, DType.FP32: np.uin
 IDENTITY = Identity.of(model="example/tiny", revision="0123abcd", pool="kv", tp_rank=0, tp_size=1)
 KEY = "9f86d081884c7d659a2feaa0c55ad015"
 
+# Groups of eight elements that encoders get wrong: NaNs, infinities, the ends of the domain, zeros
+# of both signs, denormals, one outlier. The last of fp32 has a range that binary32 cannot hold.
+SPECIAL = {
+    DType.BF16: [
+        [0x3F80] * 7 + [last] for last in (0x7FC1, 0xFFFF, 0x7F80, 0xFF80, 0x7F00, 0xFF00, 0x7EFF)
+    ]
+    + [[0x8000] * 8, [0, 0x8000] * 4, [1, 0x8001] * 4, [0x0080] * 8, [0xFEFF, 0x7EFF] * 4],
+    DType.FP16: [[0x3C00] * 7 + [last] for last in (0x7E01, 0xFFFF, 0x7C00, 0xFC00, 0x7BFF)]
+    + [[0x8000] * 8, [0, 0x8000] * 4, [1, 0x8001] * 4, [0x0400] * 8, [0xFBFF, 0x7BFF] * 4],
+    DType.FP32: [
+        [0x3F800000] * 7 + [last]
+        for last in (0x7FC00001, 0xFFFFFFFF, 0x7F800000, 0xFF800000, 0x7F000000, 0x7EFFFFFF)
+    ]
+    + [[0x80000000] * 8, [0, 0x80000000] * 4, [1, 0x80000001] * 4, [0xFEFFFFFF, 0x7EFFFFFF] * 4],
+}
+
 Rows = npt.NDArray[np.unsignedinteger]
 
 
@@ -39,6 +55,7 @@ class Case:
     extensions: tuple[Extension, ...] = ()
     identity: Identity = IDENTITY
     key: str = KEY
+    special: bool = False
     codecs: tuple[SectionCodec, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -51,7 +68,12 @@ class Case:
 
     def rows(self) -> list[Rows]:
         """The raw page: per stream the element bits (layers, heads, tokens, head_size)."""
-        return make_rows(self.layout, seed=xxhash.xxh3_64_intdigest(self.name.encode()) % 2**32)
+        rows = make_rows(self.layout, seed=xxhash.xxh3_64_intdigest(self.name.encode()) % 2**32)
+        if self.special:
+            for array in rows:
+                special = [bits for group in SPECIAL[self.layout.dtype] for bits in group]
+                array.reshape(-1)[: len(special)] = special
+        return rows
 
     def plan(self) -> PagePlan:
         plan = PagePlan.build(
@@ -159,6 +181,14 @@ def decode_page(page: EncodedPage) -> bytes:
             decode_section(stored, shape, layout.dtype, page.header.codecs[number]).tobytes()
         )
     return b"".join(parts)
+
+
+def outside_groups(plan: PagePlan, rows: Sequence[Rows]) -> int:
+    """How many groups of a page lie outside the domain, by the reference codec."""
+    return sum(
+        encode_section(rows[index][layer], plan.layout.dtype, plan.codecs[number])[1]
+        for number, (layer, index, _) in enumerate(sections_of(plan.layout))
+    )
 
 
 def native_encode(
@@ -338,7 +368,20 @@ def _other_cases() -> Iterator[Case]:
     )
 
 
-CASES: dict[str, Case] = {case.name: case for case in [*_int_cases(), *_other_cases()]}
+def _special_cases() -> Iterator[Case]:
+    for dtype in SPECIAL:
+        for codec in ("int8-g8", "int8-asym-g8", "int2-g8", "int2-asym-g8"):
+            yield Case(
+                name=f"special-{codec}-{dtype.text}",
+                layout=mha(dtype=dtype, tokens=3, heads=1, size=64, value_size=40),
+                spec=f"key={codec} value={codec.replace('-g8', '')}",
+                special=True,
+            )
+
+
+CASES: dict[str, Case] = {
+    case.name: case for case in [*_int_cases(), *_other_cases(), *_special_cases()]
+}
 
 #: One small page per codec and element type, for tests that try every bit of it.
 TINY_CASES: dict[str, Case] = {

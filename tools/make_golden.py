@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
 
 from bad_pages import bad_pages  # noqa: E402 - the path comes first
-from pages import CASES, Case, decode_page, raw_bytes  # noqa: E402
+from pages import CASES, Case, decode_page, outside_groups, raw_bytes  # noqa: E402
 
 from kvcodec.format import EncodedPage  # noqa: E402
 
@@ -51,6 +51,7 @@ def accepted(case: Case) -> tuple[dict[str, bytes], dict[str, Any]]:
         "optional_flags": case.optional_flags,
         "extensions": [[e.type, e.data.hex()] for e in case.extensions],
         "lossless": decoded == raw,
+        "outside_groups": outside_groups(case.plan(), case.rows()),
     }
     return files, entry
 

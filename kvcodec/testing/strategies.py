@@ -194,7 +194,8 @@ def _bits_of(values: npt.NDArray[np.float32], dtype: DType) -> Rows:
         half: Rows = values.astype(np.float16).view(np.uint16)
         return half
     if dtype is DType.BF16:
-        return (values.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+        upper: Rows = (values.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+        return upper
     single: Rows = values.view(np.uint32)
     return single
 
