@@ -17,9 +17,13 @@ POISON = 0xA5
 @lru_cache(maxsize=1)
 def start_sglang() -> None:
     """Import SGLang as its scheduler process would, with all plugins; once per process."""
-    from sglang_cpu_bridge import install_stand_ins
+    from sglang_cpu_bridge import extensions_path, install_stand_ins
 
-    os.environ.update(SGLANG_USE_CPU_ENGINE="1", HF_HUB_OFFLINE="1")
+    os.environ.update(
+        SGLANG_USE_CPU_ENGINE="1",
+        HF_HUB_OFFLINE="1",
+        TORCH_EXTENSIONS_DIR=str(extensions_path()),
+    )
     install_stand_ins()
     import torch
 

@@ -86,6 +86,7 @@ class SGLangServer:
             self._process = subprocess.Popen(
                 self._command(),
                 env=server_environment(tp_size=self.tp_size) | dict(self.environment),
+                cwd=self.log.parent,  # `-m` puts it on the path: no checkout may lie there
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

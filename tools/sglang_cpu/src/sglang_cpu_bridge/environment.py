@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,15 @@ from pathlib import Path
 def startup_path() -> Path:
     """The directory for ``PYTHONPATH`` that installs the stand-ins in each new interpreter."""
     return Path(__file__).with_name("startup")
+
+
+def extensions_path() -> Path:
+    """Where SGLang's page hash is compiled to: beside the interpreter, not in the user's cache.
+
+    The build names the paths of its environment, so two environments that share a folder make
+    each other compile again, some 20 s each time.
+    """
+    return Path(sys.prefix) / "torch_extensions"
 
 
 def server_environment(
@@ -36,6 +46,7 @@ def server_environment(
         # Compiling for the first request takes 8 s, which a short-lived server never earns back.
         TORCHDYNAMO_DISABLE="1",
         GLOO_SOCKET_IFNAME="lo",
+        TORCH_EXTENSIONS_DIR=str(extensions_path()),
         HF_HUB_OFFLINE="1",
         TOKENIZERS_PARALLELISM="false",
     )
