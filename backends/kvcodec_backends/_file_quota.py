@@ -54,10 +54,11 @@ class Quota:
         # Bytes of the objects that some thread took out of the order and is about to unlink.
         self._leaving_bytes = 0
         self._next_scan_at = 0.0
+        self._is_scanned = False
         self._closed = False
         self._count = count
         self._ledger = Ledger(ledger, self._count_bytes, lock_timeout_seconds=lock_timeout_seconds)
-        if not self._stored_bytes:
+        if not self._is_scanned:
             self._stored_bytes = self._scan()
 
     @property
@@ -94,16 +95,22 @@ class Quota:
             self.settle(wanted_bytes, [])
             raise
 
-    def settle(self, reserved_bytes: int, stored: Iterable[tuple[str, int, int]]) -> None:
-        """End a reservation. `stored` has name, length and replaced length of what was written."""
+    def hold(self, name: str) -> None:
+        """Keep an object from being evicted, and counted off twice, while it is replaced."""
+        with self._lock:
+            self._stored_bytes.pop(name, None)
+
+    def settle(self, reserved_bytes: int, changed: Iterable[tuple[str, int, int]]) -> None:
+        """End a reservation. `changed` has name, length now and length before of what was held."""
         with self._lock:
             if self._closed:
                 return
             self._ledger.reserved_bytes -= reserved_bytes
-            for name, stored_bytes, replaced_bytes in stored:
-                self._ledger.stored_bytes += stored_bytes - replaced_bytes
-                self._stored_bytes[name] = stored_bytes
-                self._stored_bytes.move_to_end(name)
+            for name, bytes_now, bytes_before in changed:
+                self._ledger.stored_bytes += bytes_now - bytes_before
+                if bytes_now:
+                    self._stored_bytes[name] = bytes_now
+                    self._stored_bytes.move_to_end(name)
             self._ledger.publish()
 
     def make_room(self, wanted_bytes: int) -> bool:
@@ -225,6 +232,7 @@ class Quota:
                 break
             found.append(info)
         found.sort(key=lambda info: info.modified_seconds)
+        self._is_scanned = True
         self._count("scans", 1)
         return OrderedDict((info.name, info.stored_bytes) for info in found)
 

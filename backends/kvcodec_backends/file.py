@@ -282,20 +282,36 @@ class FileBackend(Backend):
         except BackendError as error:
             return [type(error)(f"put {name}: {error}") for name, _ in pairs]
         results: list[PutResult] = []
-        stored: list[tuple[str, int, int]] = []
+        changed: list[tuple[str, int, int]] = []
         try:
             for name, view in pairs:
-                try:
-                    replaced = file_bytes(object_path(self._writer.objects, name))
-                except OSError as error:
-                    results.append(as_backend_error(error, "put", name, writing=True))
-                    continue
-                results.append(self._put_by(deadline, name, view, quota))
-                if results[-1] is None:
-                    stored.append((name, len(view), replaced[0] if replaced else 0))
+                result, bytes_now, bytes_before = self._replace(deadline, name, view, quota)
+                results.append(result)
+                changed.append((name, bytes_now, bytes_before))
         finally:
-            quota.settle(admitted_bytes, stored)
+            quota.settle(admitted_bytes, changed)
         return results
+
+    def _replace(
+        self, deadline: Deadline, name: str, view: memoryview, quota: Quota
+    ) -> tuple[PutResult, int, int]:
+        """Store one object; the answer, and the length of what is there now and was before."""
+        path = object_path(self._writer.objects, name)
+        quota.hold(name)
+        try:
+            before = file_bytes(path)
+        except OSError as error:
+            return as_backend_error(error, "put", name, writing=True), 0, 0
+        bytes_before = before[0] if before else 0
+        result = self._put_by(deadline, name, view, quota)
+        if result is None:
+            return None, len(view), bytes_before
+        try:
+            # A put that failed late may have changed what is there all the same.
+            now = file_bytes(path)
+        except OSError:
+            return result, bytes_before, bytes_before
+        return result, now[0] if now else 0, bytes_before
 
     def _put_by(
         self, deadline: Deadline, name: str, view: memoryview, quota: Quota | None = None
