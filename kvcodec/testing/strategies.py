@@ -88,7 +88,7 @@ def page_layouts(
 
     A stream of a layer has at most about `max_elements` elements.
     """
-    dtype = draw(dtypes or st.sampled_from(DType))
+    dtype = draw(st.sampled_from(DType) if dtypes is None else dtypes)
     kind = draw(st.sampled_from(["mha", "mha", "mha", "mla", "opaque", "any"]))
     layer_count = draw(st.integers(1, 3))
     layer_start = draw(st.integers(0, 70))
