@@ -332,6 +332,7 @@ def test_file_beyond_the_limit_is_not_read(capsys, page_file, monkeypatch):
         ["inspect", "x", "--namespace"],
         ["inspect", "file:///x"],
         ["inspect", "nosuch://x", "key"],
+        ["inspect", "file://[x", "key"],
         ["unknown"],
     ],
 )

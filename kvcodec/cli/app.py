@@ -10,7 +10,22 @@ import typer
 from kvcodec.cli.output import ExitCode, write_line
 from kvcodec.errors import ConfigError
 
-__all__ = ["app", "inspect", "root", "run", "verify"]
+#: The encodings whose speed is worth knowing.
+DEFAULT_CODECS = (
+    "raw,int8-g128,int8-g64,int4-g64,int4-asym-g64,int2-asym-g64,int4-channel-asym,kv4-channel"
+)
+
+__all__ = [
+    "DEFAULT_CODECS",
+    "app",
+    "bench",
+    "bench_codec",
+    "doctor",
+    "inspect",
+    "root",
+    "run",
+    "verify",
+]
 
 app = typer.Typer(
     name="kvcodec",
@@ -18,6 +33,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+bench = typer.Typer(help="Measure this machine.", no_args_is_help=False)
+app.add_typer(bench, name="bench")
 
 _Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
 _Namespace = Annotated[
@@ -107,6 +125,77 @@ def verify(
         delete_bad=delete_bad,
         as_json=as_json,
     )
+
+
+@app.command()
+def doctor(
+    url: Annotated[
+        str | None, typer.Argument(metavar="URL", help="A store to write a page to and read back.")
+    ] = None,
+    timeout: _Timeout = 10.0,
+    as_json: _Json = False,
+) -> int:
+    """Check that the installation works, and that a store does.
+
+    Exit code 4 if something that must work does not.
+    """
+    from kvcodec.cli.doctor_text import run_doctor
+
+    return run_doctor(url, timeout=timeout, as_json=as_json)
+
+
+@bench.command("codec")
+def bench_codec(
+    codecs: Annotated[
+        str, typer.Option("--codecs", help="Codecs, specs or presets, separated by commas.")
+    ] = DEFAULT_CODECS,
+    isas: Annotated[
+        str, typer.Option("--isas", help="Instruction sets; all that this machine has if empty.")
+    ] = "",
+    threads: Annotated[
+        str, typer.Option("--threads", help="Numbers of threads; 1 and 2 if empty.")
+    ] = "",
+    layouts: Annotated[
+        str, typer.Option("--layouts", help="Memory layouts: canonical, page_first, layer_first.")
+    ] = "page_first",
+    geometry: Annotated[
+        str, typer.Option("--geometry", help="Whose pages: qwen2.5-7b or llama3.1-8b.")
+    ] = "qwen2.5-7b",
+    page_tokens: Annotated[
+        int, typer.Option("--page-tokens", min=1, max=4096, help="Tokens of a page.")
+    ] = 64,
+    working_set_mb: Annotated[
+        int,
+        typer.Option(
+            "--working-set-mb", min=0, help="MiB of raw pages; 0: twice the cache, at least 512."
+        ),
+    ] = 0,
+    rounds: Annotated[
+        int, typer.Option("--rounds", min=0, max=10_000, help="Samples per figure; 0: 24.")
+    ] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="5 rounds of 64 MiB: shows that it works, no more.")
+    ] = False,
+    as_json: _Json = False,
+) -> int:
+    """Encode and decode against memcpy, and against a stream of the same traffic.
+
+    Ratios are comparable between machines and runs; GB/s are not.
+    """
+    from kvcodec.cli.bench_text import BenchOptions, run_bench
+
+    options = BenchOptions(
+        codecs=codecs,
+        isas=isas,
+        threads=threads,
+        layouts=layouts,
+        geometry=geometry,
+        page_tokens=page_tokens,
+        working_set_mb=working_set_mb,
+        rounds=rounds,
+        quick=quick,
+    )
+    return run_bench(options, as_json=as_json)
 
 
 def run(words: list[str]) -> int:

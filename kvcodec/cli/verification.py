@@ -7,7 +7,7 @@ import queue
 import threading
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from kvcodec.backend import Backend, check_name
@@ -140,8 +140,8 @@ class Verifier:
             thread.start()
         try:
             for task in itertools.chain(listing, [None] * len(threads)):
-                while not _put(tasks, task) and any(thread.is_alive() for thread in threads):
-                    pass
+                if not _handed_over(tasks, task, threads):
+                    break
             for thread in threads:
                 thread.join()
         finally:
@@ -220,12 +220,19 @@ class Verifier:
                 self.result.deleted += gone
 
 
-def _put(tasks: queue.Queue[tuple[str, int] | None], task: tuple[str, int] | None) -> bool:
-    try:
-        tasks.put(task, timeout=0.5)
-    except queue.Full:
-        return False
-    return True
+def _handed_over(
+    tasks: queue.Queue[tuple[str, int] | None],
+    task: tuple[str, int] | None,
+    threads: Sequence[threading.Thread],
+) -> bool:
+    """Whether some thread lives to take the task."""
+    while any(thread.is_alive() for thread in threads):
+        try:
+            tasks.put(task, timeout=0.5)
+        except queue.Full:
+            continue
+        return True
+    return False
 
 
 def _fault(name: str, data: memoryview) -> PageError | None:
