@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from kvcodec import native
 from kvcodec.layout import DType
@@ -133,6 +134,12 @@ def section_of(plan: native.Plan, shape: Shape, page: Bytes, index: int) -> byte
     ]
     start = plan.page_bytes - sum(sizes[index:])
     return page[start : start + sizes[index]].tobytes()
+
+
+def store_checksum(page: Bytes, place: int, data: bytes) -> None:
+    """Write the checksum of `data` into a page."""
+    checksum = xxhash.xxh3_64_intdigest(data).to_bytes(8, "little")
+    page[place : place + 8] = np.frombuffer(checksum, np.uint8)
 
 
 def address_of(array: npt.NDArray[np.generic]) -> int:

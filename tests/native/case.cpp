@@ -151,7 +151,9 @@ std::unique_ptr<Case> make_case(Random& random, bool large) {
   const uint32_t sizes[] = {1, 3, 16, 31, 63, 64, 65, 80, 96, 127, 128, 130, 192, 256};
   for (uint32_t i = 0; i < stream_count; ++i) {
     const uint32_t heads = large ? pick(random, 1, 8) : pick(random, 1, 5);
-    const uint32_t head_size = large ? 64 * pick(random, 1, 2) : sizes[pick(random, 0, 13)];
+    // Half of the rows are whole blocks, which the vector kernels are made for.
+    const bool whole = large || pick(random, 0, 1) == 0;
+    const uint32_t head_size = whole ? 64 * pick(random, 1, 3) : sizes[pick(random, 0, 13)];
     made->hosts.push_back(
         make_host(random, made->dtype, made->layer_count, made->token_count, heads, head_size));
     made->streams.push_back(made->hosts.back().stream);

@@ -138,8 +138,12 @@ void decode_any_bytes(kvc_pool* pool, Random& random, const Case& made) {
   run(pool, KVC_ENCODE, made, page);
   uint8_t* bytes = page.page.encoded;
   for (const kvc_section& section : made.sections) {
-    for (uint64_t i = 0; i < section.stored_bytes; ++i)
-      bytes[section.offset + i] = static_cast<uint8_t>(random());
+    // Many bytes near the largest exponents: where products overflow and parameters are not finite.
+    for (uint64_t i = 0; i < section.stored_bytes; ++i) {
+      const uint64_t bits = random();
+      const uint8_t extreme = bits & 0x80 ? 0xFF : 0x7F;
+      bytes[section.offset + i] = bits >> 8 & 3 ? static_cast<uint8_t>(bits) : extreme;
+    }
     const uint64_t checksum =
         kvc_checksum(bytes + section.offset, (section.stored_bytes + 63) / 64 * 64);
     std::memcpy(bytes + section.checksum_offset, &checksum, 8);
