@@ -89,17 +89,25 @@ class Ledger:
         self._total = others + self.stored_bytes + self.reserved_bytes
         return self._total
 
-    def correct(self, counted_bytes: int) -> None:
+    def quiet_bytes(self) -> int | None:
+        """What the others have stored, if none of them is just adding or evicting anything."""
+        own = self._slot_offset // _SLOT.size
+        others = [slot for index, slot in enumerate(self._read_slots()) if index != own]
+        if any(slot[2] and _is_taken(slot) for slot in others):
+            return None
+        return sum(slot[1] for slot in others)
+
+    def correct(self, counted_bytes: int, quiet_bytes: int) -> None:
         """Make the sum what the files say, after somebody removed files without telling.
 
-        Raises BlockingIOError while another user opens or corrects the ledger.
+        `quiet_bytes` is what `quiet_bytes()` said before the files were counted. Whatever happened
+        since would be counted twice or not at all, so then nothing is corrected. Raises
+        BlockingIOError while another user opens or corrects the ledger.
         """
         with self._locked(0.0):
-            own = self._slot_offset // _SLOT.size
-            slots = self._read_slots()
-            others = sum(slot[1] for index, slot in enumerate(slots) if index != own)
-            self.stored_bytes = counted_bytes - others
-            self.publish()
+            if self.quiet_bytes() == quiet_bytes:
+                self.stored_bytes = counted_bytes - quiet_bytes
+                self.publish()
 
     def close(self) -> None:
         """Leave the slot, and what it counts, to the next user."""

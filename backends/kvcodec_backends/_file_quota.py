@@ -9,6 +9,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 
 from kvcodec.errors import BackendError, BackendFull
+from kvcodec_backends._arguments import Deadline
 from kvcodec_backends._file_io import object_path, remove_file, scan_objects
 from kvcodec_backends._file_ledger import Ledger
 
@@ -18,7 +19,6 @@ __all__ = ["Quota"]
 MAX_REMEMBERED_READ_COUNT = 1 << 16
 #: A scan of the tree may take this share of the time, and no more.
 SCAN_TIME_SHARE = 0.05
-MIN_SCAN_INTERVAL_SECONDS = 1.0
 #: How long a writer waits for a scan before it answers that the store is full.
 SCAN_PATIENCE_SECONDS = 0.25
 
@@ -53,6 +53,7 @@ class Quota:
         self._read_names: deque[str] = deque(maxlen=MAX_REMEMBERED_READ_COUNT)
         # Bytes of the objects that some thread took out of the order and is about to unlink.
         self._leaving_bytes = 0
+        self._scan_thread: threading.Thread | None = None
         self._next_scan_at = 0.0
         self._is_scanned = False
         self._closed = False
@@ -70,7 +71,7 @@ class Quota:
         """Note that objects were read. Takes no lock: a reader never waits for a writer."""
         self._read_names.extend(names)
 
-    def reserve(self, wanted_bytes: int) -> None:
+    def reserve(self, wanted_bytes: int, deadline: Deadline) -> None:
         """Make room for objects about to be written, and count them. Raises `BackendFull` if
         there is none.
         """
@@ -87,7 +88,7 @@ class Quota:
                     victims = self._take_oldest(excess)
                 if victims:
                     self._unlink(victims)
-                elif not self._scanned_again():
+                elif deadline.passed() or not self._scanned_again():
                     raise BackendFull(
                         f"{excess} bytes above max_bytes={self._max_bytes}, nothing known to evict"
                     )
@@ -183,43 +184,51 @@ class Quota:
         return freed_bytes
 
     def _scanned_again(self) -> bool:
-        """Learn what others wrote, if the last scan is long enough ago. Whether that was done
-        just now.
+        """Learn what others wrote, unless the last scan was too short a time ago.
 
-        A large tree takes longer than a writer may wait, so the scan goes on behind its back.
+        A large tree takes longer than a writer may wait, so the scan goes on behind its back. True
+        if it is done.
         """
         with self._lock:
-            if self._closed or time.monotonic() < self._next_scan_at:
+            wait_seconds = max(0.0, self._next_scan_at - time.monotonic())
+            if self._closed or wait_seconds > SCAN_PATIENCE_SECONDS:
                 return False
-            self._next_scan_at = float("inf")
-        scan = threading.Thread(target=self._scan_again, name="kvcodec-file-scan", daemon=True)
-        scan.start()
+            if self._scan_thread is None or not self._scan_thread.is_alive():
+                self._scan_thread = threading.Thread(
+                    target=self._scan_again,
+                    args=(wait_seconds,),
+                    name="kvcodec-file-scan",
+                    daemon=True,
+                )
+                self._scan_thread.start()
+            scan = self._scan_thread
         scan.join(SCAN_PATIENCE_SECONDS)
         return not scan.is_alive()
 
-    def _scan_again(self) -> None:
+    def _scan_again(self, wait_seconds: float) -> None:
+        time.sleep(wait_seconds)
         started = time.monotonic()
-        stored_before = self._ledger.stored_bytes
         try:
+            with self._lock:
+                self._check_open()
+                stored_before = self._ledger.stored_bytes
+                quiet_bytes = None if self._leaving_bytes else self._ledger.quiet_bytes()
             found = self._scan()
             with self._lock:
-                if self._closed:
-                    return
-                written = max(0, self._ledger.stored_bytes - stored_before)
-                self._ledger.correct(sum(found.values()) + written)
-                recent = self._stored_bytes
-                self._stored_bytes = found
-                for name, stored_bytes in recent.items():
+                self._check_open()
+                is_quiet = stored_before == self._ledger.stored_bytes and not self._leaving_bytes
+                if quiet_bytes is not None and is_quiet:
+                    self._ledger.correct(sum(found.values()), quiet_bytes)
+                for name, stored_bytes in self._stored_bytes.items():
                     found[name] = stored_bytes
                     found.move_to_end(name)
-        except OSError:
+                self._stored_bytes = found
+        except (BackendError, OSError):
             # The next one may succeed: a vanished mount, or another process that is correcting now.
             pass
         finally:
             ended = time.monotonic()
-            self._next_scan_at = ended + max(
-                MIN_SCAN_INTERVAL_SECONDS, (ended - started) / SCAN_TIME_SHARE
-            )
+            self._next_scan_at = ended + (ended - started) / SCAN_TIME_SHARE
 
     def _count_bytes(self) -> int:
         self._stored_bytes = self._scan()

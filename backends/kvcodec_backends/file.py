@@ -276,7 +276,7 @@ class FileBackend(Backend):
         try:
             quota = self._open_quota(_PUT_LOCK_TIMEOUT_SECONDS)
             assert quota is not None
-            quota.reserve(admitted_bytes)
+            quota.reserve(admitted_bytes, deadline)
         except OSError as error:
             return [as_backend_error(error, "put", name, writing=True) for name, _ in pairs]
         except BackendError as error:
