@@ -43,61 +43,14 @@ namespace {
 #include "avx512_token.h"
 #include "avx512_pack.h"
 #include "avx512_unpack.h"
-
-template <typename Element, uint32_t kBits, bool kAsymmetric>
-TokenEncoder token_encoder(bool halves) {
-  using Extremes = typename std::conditional<kAsymmetric, SmallestLargest, Magnitude>::type;
-  return {find_extremes<Extremes>, find_parameters<Element, kBits, kAsymmetric>,
-          halves ? quantise_rows<Element, kBits, kAsymmetric, true>
-                 : quantise_rows<Element, kBits, kAsymmetric, false>};
-}
-
-template <typename Element, uint32_t kBits, bool kAsymmetric>
-TokenDecoder token_decoder(bool halves, bool stream) {
-  if (halves) {
-    return stream ? decode_rows<Element, kBits, kAsymmetric, true, true>
-                  : decode_rows<Element, kBits, kAsymmetric, true, false>;
-  }
-  return stream ? decode_rows<Element, kBits, kAsymmetric, false, true>
-                : decode_rows<Element, kBits, kAsymmetric, false, false>;
-}
-
-// Calls use.template call<Element, bits, asymmetric>() for the codec.
-template <typename Element, uint32_t kBits, typename Use>
-auto with_symmetry(const SectionCodec& codec, Use use) {
-  return codec.asymmetric ? use.template call<Element, kBits, true>() : use.template call<Element, kBits, false>();
-}
-
-template <typename Element, typename Use>
-auto with_bits(const SectionCodec& codec, Use use) {
-  if (codec.bits == 8) return with_symmetry<Element, 8>(codec, use);
-  if (codec.bits == 4) return with_symmetry<Element, 4>(codec, use);
-  return with_symmetry<Element, 2>(codec, use);
-}
-
-template <typename Use>
-auto with_codec(const SectionCodec& codec, Use use) {
-  return codec.dtype == KVC_BF16 ? with_bits<Bf16>(codec, use) : with_bits<Fp16>(codec, use);
-}
-
-struct ChooseTokenEncoder {
-  bool halves;
-  template <typename Element, uint32_t kBits, bool kAsymmetric>
-  TokenEncoder call() const {
-    return token_encoder<Element, kBits, kAsymmetric>(halves);
-  }
-};
-
-struct ChooseTokenDecoder {
-  bool halves;
-  bool stream;
-  template <typename Element, uint32_t kBits, bool kAsymmetric>
-  TokenDecoder call() const {
-    return token_decoder<Element, kBits, kAsymmetric>(halves, stream);
-  }
-};
+#include "x86_choose.h"
+#include "x86_raw.h"
 
 uint64_t encode_section(const SectionCodec& codec, const Rows& rows, const Rows* next, uint8_t* out) {
+  if (codec.kind == KVC_KIND_RAW) {
+    encode_raw(codec, rows, next, out);
+    return 0;
+  }
   if (TokenShape::covers(codec, rows)) {
     const ChooseTokenEncoder choose{TokenShape(codec, rows).halves};
     return encode_token_rows(with_codec(codec, choose), codec, rows, next, out);
@@ -106,6 +59,7 @@ uint64_t encode_section(const SectionCodec& codec, const Rows& rows, const Rows*
 }
 
 void decode_section(const SectionCodec& codec, const uint8_t* in, const Rows& rows) {
+  if (codec.kind == KVC_KIND_RAW) return decode_raw(codec, in, rows);
   if (TokenShape::covers(codec, rows)) {
     const bool stream = rows_aligned(rows, rows.head_size * 2, 64);
     const ChooseTokenDecoder choose{TokenShape(codec, rows).halves, stream};
@@ -114,21 +68,6 @@ void decode_section(const SectionCodec& codec, const uint8_t* in, const Rows& ro
     return;
   }
   kScalarKernels.decode_section(codec, in, rows);
-}
-
-void copy_out(uint8_t* target, const uint8_t* source, size_t bytes) {
-  const size_t skew = (64 - reinterpret_cast<uintptr_t>(target) % 64) % 64;
-  if (bytes < 256) {
-    memcpy(target, source, bytes);
-    return;
-  }
-  memcpy(target, source, skew);
-  size_t i = skew;
-  for (; i + 64 <= bytes; i += 64) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(target + i), _mm512_loadu_si512(source + i));
-  }
-  memcpy(target + i, source + i, bytes - i);
-  _mm_sfence();
 }
 
 uint64_t checksum(const void* data, size_t bytes) { return XXH3_64bits(data, bytes); }

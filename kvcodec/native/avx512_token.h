@@ -208,15 +208,8 @@ inline void correct_single_sign(const TokenShape& shape, const TokenChunk& chunk
   _mm512_store_si512(high, *largest);
   for (uint32_t left = which; left != 0; left &= left - 1) {
     const uint32_t lane = static_cast<uint32_t>(__builtin_ctz(left));
-    const uint32_t group = first + lane;
-    if (group >= chunk.rows * shape.groups) break;
-    const uint8_t* source = chunk.source[group / shape.groups] + group % shape.groups * shape.group * 2;
-    uint16_t bits = 0xFFFF;
-    for (uint32_t i = 0; i < shape.group_elements(group % shape.groups); ++i) {
-      uint16_t element;
-      std::memcpy(&element, source + i * 2, sizeof element);
-      bits = element < bits ? element : bits;
-    }
+    if (first + lane >= chunk.rows * shape.groups) break;
+    const uint32_t bits = smallest_bits(shape, chunk, first + lane);
     (bits < 0x8000 ? low : high)[lane] = bits;
   }
   *smallest = _mm512_load_si512(low);
@@ -284,11 +277,7 @@ bool find_parameters(const TokenShape& shape, TokenChunk& chunk) {
     _mm512_store_ps(chunk.inverse + first, inverse);
     const uint32_t present = groups - first < 16 ? (1u << (groups - first)) - 1 : 0xFFFF;
     const uint32_t outside = ~static_cast<uint32_t>(inside) & present;
-    if (__builtin_expect(any_outside || outside != 0, false)) {
-      if (!any_outside) std::memset(chunk.outside, 0, sizeof chunk.outside);
-      any_outside = true;
-      for (uint32_t i = 0; i < 16; ++i) chunk.outside[first + i] = outside >> i & 1;
-    }
+    note_outside(chunk, first, 16, outside, &any_outside);
   }
   return any_outside;
 }

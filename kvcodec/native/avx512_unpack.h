@@ -10,6 +10,19 @@ KVC_INLINE void store_vector(uint8_t* target, __m512i v) {
   _mm512_storeu_si512(target, v);
 }
 
+constexpr size_t kVectorBytes = 64;
+
+template <bool kStream>
+KVC_INLINE void copy_vector(uint8_t* target, const uint8_t* source) {
+  store_vector<kStream>(target, _mm512_loadu_si512(source));
+}
+
+// Less than a vector.
+KVC_INLINE void copy_rest(uint8_t* target, const uint8_t* source, size_t bytes) {
+  const __mmask64 mask = (uint64_t{1} << bytes) - 1;
+  _mm512_mask_storeu_epi8(target, mask, _mm512_maskz_loadu_epi8(mask, source));
+}
+
 // Scale and zero of a group, broadcast.
 template <typename Element, bool kAsymmetric>
 struct GroupValues {
@@ -223,13 +236,15 @@ struct TailOrder {
     }
   }
 
-  template <typename Reader>
+  // With kStream a whole row is a multiple of 64 bytes, and `count` is 32.
+  template <bool kStream, typename Reader>
   KVC_INLINE void decode(const Reader& reader, const uint8_t* codes, uint8_t* target) const {
     const __m256i low = _mm256_maskz_loadu_epi8(first_words(bytes), codes);
     const __m512i words = _mm512_cvtepu8_epi16(low);
     const __m512i code_mask = _mm512_set1_epi16((1 << kBits) - 1);
     __m512i first = _mm512_and_si512(
         _mm512_srlv_epi16(_mm512_permutexvar_epi16(from[0], words), shift[0]), code_mask);
+    if (kStream) return store_vector<true>(target, reader.decode_words(first, false));
     _mm512_mask_storeu_epi16(target, first_words(count), reader.decode_words(first, false));
     if (count <= 32) return;
     __m512i second;
@@ -272,6 +287,6 @@ void decode_rows(const TokenShape& shape, const TokenTargets& rows) {
         target += 128;
       }
     }
-    if (shape.tail != 0) tail.decode(reader, codes, target);
+    if (shape.tail != 0) tail.template decode<kStream>(reader, codes, target);
   }
 }

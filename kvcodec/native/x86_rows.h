@@ -122,6 +122,29 @@ class RowsAhead {
   const uint8_t* last_;
 };
 
+// A page is decoded section by section, and the next one lies behind this one: fetched while this one is written, its
+// checksum finds it in the second-level cache. (Behind the last section this reads some lines in vain.)
+class BytesBehind {
+ public:
+  BytesBehind(const SectionCodec& codec, const uint8_t* in, const Rows& rows) {
+    const size_t parameters = parameter_bytes(codec, rows.head_count, rows.token_count, rows.head_size);
+    const size_t codes = code_bytes(codec, rows.head_count, rows.token_count, rows.head_size);
+    at_ = reinterpret_cast<uintptr_t>(in) + pad64(pad64(parameters) + codes);
+    row_bytes_ = (at_ - reinterpret_cast<uintptr_t>(in)) / (static_cast<uint64_t>(rows.head_count) * rows.token_count);
+  }
+
+  // The share of `count` rows.
+  void prefetch(uint64_t count) {
+    owed_ += count * row_bytes_;
+    for (; owed_ >= 64; owed_ -= 64, at_ += 64) __builtin_prefetch(reinterpret_cast<const void*>(at_), 0, 2);
+  }
+
+ private:
+  uintptr_t at_;
+  uint64_t row_bytes_;
+  uint64_t owed_ = 0;
+};
+
 // Whether every row starts at a multiple of `alignment` and fills it.
 inline bool rows_aligned(const Rows& rows, size_t row_bytes, size_t alignment) {
   uint64_t bits = reinterpret_cast<uintptr_t>(rows.base) | row_bytes;

@@ -85,6 +85,27 @@ struct TokenEncoder {
   void (*quantise)(const TokenShape&, const TokenChunk&, const float* inverse, const float* zero);
 };
 
+// The bits of the element of a group that has the smallest magnitude.
+inline uint32_t smallest_bits(const TokenShape& shape, const TokenChunk& chunk, uint32_t group) {
+  const uint32_t in_row = group % shape.groups;
+  const uint8_t* source = chunk.source[group / shape.groups] + static_cast<size_t>(in_row) * shape.group * 2;
+  uint16_t smallest = 0xFFFF;
+  for (uint32_t i = 0; i < shape.group_elements(in_row); ++i) {
+    uint16_t bits;
+    std::memcpy(&bits, source + i * 2, sizeof bits);
+    smallest = bits < smallest ? bits : smallest;
+  }
+  return smallest;
+}
+
+// `outside`: a bit for each of `count` groups.
+inline void note_outside(TokenChunk& chunk, uint32_t first, uint32_t count, uint32_t outside, bool* any) {
+  if (__builtin_expect(!*any && outside == 0, true)) return;
+  if (!*any) std::memset(chunk.outside, 0, sizeof chunk.outside);
+  *any = true;
+  for (uint32_t i = 0; i < count; ++i) chunk.outside[first + i] = outside >> i & 1;
+}
+
 inline uint32_t chunk_rows(const TokenShape& shape) {
   // Some multiple of the groups that one vector of parameters holds, and a fraction of the first-level cache.
   const uint32_t by_groups = 32 / shape.groups;
@@ -201,7 +222,11 @@ inline void decode_token_rows(TokenDecoder decoder, const SectionCodec& codec, c
   TokenTargets targets;
   targets.codes = in + shape.codes;
   targets.parameters = in;
-  while ((targets.rows = walk.take(targets.target, targets.index, kMaxChunkRows)) != 0) decoder(shape, targets);
+  BytesBehind behind(codec, in, rows);
+  while ((targets.rows = walk.take(targets.target, targets.index, kMaxChunkRows)) != 0) {
+    behind.prefetch(targets.rows);
+    decoder(shape, targets);
+  }
 }
 
 }  // namespace
