@@ -42,9 +42,11 @@ def write_for_ever(root: Path, seed: int, mode: str, ready: int) -> None:
             for name, data in zip(names, chosen, strict=True):
                 path = root / "objects" / name[:32] / name[33:35] / name[33:]
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("wb", buffering=0) as file:
-                    for start in range(0, len(data), 4096):
-                        file.write(data[start : start + 4096])
+                fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+                for start in range(0, len(data), 4096):
+                    os.write(fd, data[start : start + 4096])
+                os.ftruncate(fd, len(data))
+                os.close(fd)
         else:
             backend.put(names, [memoryview(data) for data in chosen], timeout_seconds=10)
 
