@@ -149,18 +149,22 @@ def test_sessions_do_not_overlap():
         pass
 
 
-@pytest.mark.parametrize("kind", ["mha", "mla"])
-def test_two_ranks_agree_on_what_both_have(kind: str, tmp_path: Path):
-    """Ranks in two processes: a page that one rank lost ends the prefix for both."""
-    options = {"kind": kind, "extra": file_extra(tmp_path)}
+def test_two_ranks_agree_on_what_both_have(tmp_path: Path):
+    """A page that one rank lost ends the prefix for both."""
+    options = {"extra": file_extra(tmp_path)}
     written = run_tp2(options, phases=["backup"], token_count=128)
     assert [rank["error"] for rank in written] == [None, None]
     files = sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    assert len(files) == (16 if kind == "mha" else 8)
-    if kind == "mha":
-        mine = [path for path in files if path.stem.endswith("_1_2")]
-        mine[4].unlink()
+    assert len(files) == 16
+    [path for path in files if path.stem.endswith("_1_2")][4].unlink()
     read = run_tp2(options, phases=["prefetch"], token_count=128)
-    expected = 64 if kind == "mha" else 128
-    assert [rank["storage_hit_tokens"] for rank in read] == [expected, expected]
+    assert [rank["storage_hit_tokens"] for rank in read] == [64, 64]
     assert [rank["exact"] for rank in read] == [True, True]
+
+
+def test_two_ranks_share_the_pages_of_mla(tmp_path: Path):
+    """Each rank holds the same latents: one of them writes, both read."""
+    ranks = run_tp2({"kind": "mla", "extra": file_extra(tmp_path)}, token_count=128)
+    assert len(list(tmp_path.iterdir())) == 8
+    assert [rank["storage_hit_tokens"] for rank in ranks] == [128, 128]
+    assert [rank["exact"] for rank in ranks] == [True, True]
