@@ -162,6 +162,20 @@ def test_the_ledger_survives_the_removal_of_the_root(root: Path, monkeypatch: py
     assert ledger_bytes(first) == ledger_bytes(second) == stored_bytes(root)
 
 
+@pytest.mark.parametrize("content", [b"", bytes(640), b"another owner".ljust(640, b"\0")])
+def test_a_user_whose_slot_was_taken_opens_the_ledger_again(
+    root: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+):
+    """After a long silence another host takes this one for dead, and its slot over."""
+    monkeypatch.setattr("kvcodec_backends._file_ledger.CHECK_INTERVAL_SECONDS", 0.0)
+    backend = FileBackend(str(root), max_bytes=1000)
+    for number in range(5):
+        put(backend, number, b"x" * 100)
+    (root / "ledger").write_bytes(content)
+    assert put(backend, 5, b"x" * 100) is None
+    assert ledger_bytes(backend) == stored_bytes(root) == 600
+
+
 @pytest.mark.parametrize("content", [b"", b"garbage", os.urandom(1000), bytes(640)])
 def test_a_damaged_ledger_is_written_anew(root: Path, content: bytes):
     backend = FileBackend(str(root), max_bytes=1000)

@@ -18,14 +18,10 @@ import fcntl
 import os
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from kvcodec_backends._file_orphans import Writer
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = ["Ledger"]
 

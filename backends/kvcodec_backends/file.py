@@ -274,9 +274,7 @@ class FileBackend(Backend):
         if deadline.passed():
             return [deadline.error("put", name) for name, _ in pairs]
         try:
-            quota = self._open_quota(_PUT_LOCK_TIMEOUT_SECONDS)
-            assert quota is not None
-            quota.reserve(admitted_bytes, deadline)
+            quota = self._admitted(admitted_bytes, deadline)
         except OSError as error:
             return [as_backend_error(error, "put", name, writing=True) for name, _ in pairs]
         except BackendError as error:
@@ -291,6 +289,18 @@ class FileBackend(Backend):
         finally:
             quota.settle(admitted_bytes, changed)
         return results
+
+    def _admitted(self, admitted_bytes: int, deadline: Deadline) -> Quota:
+        """The account, with room made for so many bytes."""
+        quota = self._open_quota(_PUT_LOCK_TIMEOUT_SECONDS)
+        assert quota is not None
+        quota.reserve(admitted_bytes, deadline)
+        if quota.is_lost:
+            # Found out just now; what was reserved there is seen by nobody.
+            quota = self._open_quota(_PUT_LOCK_TIMEOUT_SECONDS)
+            assert quota is not None
+            quota.reserve(admitted_bytes, deadline)
+        return quota
 
     def _replace(
         self, deadline: Deadline, name: str, view: memoryview, quota: Quota
