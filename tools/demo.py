@@ -209,7 +209,8 @@ class Demo:
         preset = self.presets[-1]
         page = max(_files_in(self.directory(preset)), key=lambda path: path.stat().st_size)
         command = Path(sys.executable).with_name("kvcodec")
-        self.console.print(Text(f"$ kvcodec inspect {page.relative_to(self.build.parent)}"))
+        shown = page.relative_to(self.build.parent)
+        self.console.print(Text(f"$ kvcodec inspect {shown}"), soft_wrap=True)
         inspected = subprocess.run(
             [str(command), "inspect", str(page)], check=False, capture_output=True, text=True
         )
