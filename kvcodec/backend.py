@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 _NAME = re.compile(r"[0-9a-f]{32}/[0-9a-f]{64}")
-_BYTE_COUNT = re.compile(r"(\d+)\s*(?:([kmgt])(i?)b?|b)?", re.IGNORECASE)
+_BYTE_COUNT = re.compile(r"(\d{1,18})\s*(?:([kmgt])(i?)b?|b)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class ObjectInfo:
     modified_seconds: float
 
 
-#: Per object: None when it is stored (or was there already), else why not.
+#: Per object: None when it is stored, else why not.
 PutResult = BackendError | None
 #: Per object: its length in bytes, None when there is no such object, or why it could not be read.
 #: A length above that of the buffer means nothing usable was read.
@@ -53,8 +53,8 @@ class Backend(abc.ABC):
     object.
 
     `timeout_seconds` bounds the whole call as far as the operating system lets it; objects not
-    reached in time answer with `BackendTimeout`. Only a broken argument raises; a failing store
-    answers.
+    reached in time answer with `BackendTimeout`, and with 0 nothing is tried. A batch with a broken
+    argument raises `ConfigError` before anything is done; a failing store answers.
     """
 
     #: How many objects one call should carry for good throughput; callers split their batches
@@ -72,15 +72,15 @@ class Backend(abc.ABC):
     def put(
         self, names: Sequence[str], objects: Sequence[memoryview], *, timeout_seconds: float
     ) -> list[PutResult]:
-        """Store objects. Each becomes visible whole or not at all; the last complete writer of a
-        name wins.
+        """Store objects, of one byte at least, in place of what was there. Each becomes visible
+        whole or not at all; the last complete writer of a name wins.
         """
 
     @abc.abstractmethod
     def get_into(
         self, names: Sequence[str], buffers: Sequence[memoryview], *, timeout_seconds: float
     ) -> list[GetResult]:
-        """Read objects into the starts of the caller's buffers."""
+        """Read objects into the starts of the caller's buffers; the rest of a buffer stays."""
 
     @abc.abstractmethod
     def exists(self, names: Sequence[str], *, timeout_seconds: float) -> list[bool]:
@@ -104,8 +104,8 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Let go of files and connections. Further calls answer `BackendError`; closing twice is
-        fine.
+        """Let go of files and connections. Afterwards nothing exists, reads and writes answer
+        `BackendError`, `list` and `stat` raise it. Closing twice is fine.
         """
 
     @abc.abstractmethod
