@@ -6,17 +6,26 @@ is what the adapter's geometry is compared with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
+from fake_backend import FakeBackend
+
+if TYPE_CHECKING:
+    from kvcodec.sglang.storage import KVCodecStorage
 
 PAGE_SIZE, PAGE_COUNT, LAYERS, HEADS, SIZE, VALUE_SIZE, GROUPS = 16, 6, 5, 4, 16, 12, 2
 RANK, ROPE = 32, 8
 SLOTS = PAGE_SIZE * PAGE_COUNT
 ITEM_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "uint8": 1}
 _NUMPY = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+
+KEYS = [f"{index:064x}" for index in range(PAGE_COUNT)]
 
 Index = Callable[[int, int, int, int, int], tuple[int, ...]]
 
@@ -209,3 +218,62 @@ def tensors_of(pool: SimpleNamespace) -> list[Memory]:
 def slots_of(*pages: int) -> npt.NDArray[np.int64]:
     """SGLang's host indices of these pages."""
     return np.concatenate([np.arange(n * PAGE_SIZE, (n + 1) * PAGE_SIZE) for n in pages])
+
+
+class FlatPool:
+    """A pool of states, as SGLang's Mamba or DeepSeek V4 pools: torch bytes, a page a row."""
+
+    def __init__(self, page_size: int = 1, page_bytes: int = 100) -> None:
+        import torch
+
+        self.page_size, self.size, self.layout = page_size, 8 * page_size, "layer_first"
+        self.size_per_token, self.dtype = page_bytes, torch.uint8
+        generator = torch.Generator().manual_seed(page_bytes)
+        self.kv_buffer = torch.randint(
+            0, 256, (8, page_bytes), dtype=torch.uint8, generator=generator
+        )
+        self.writes: list[int] = []
+
+    def get_data_page(self, index: int, flat: bool = True) -> Any:
+        return self.kv_buffer[index // self.page_size].clone()
+
+    def set_from_flat_data_page(self, index: int, page: Any) -> None:
+        self.writes.append(index)
+        self.kv_buffer[index // self.page_size] = page
+
+
+def transfer(
+    name: str, policy: str = "all_pages", keys: Sequence[str] = (), slots: object = None
+) -> SimpleNamespace:
+    """SGLang's PoolTransfer."""
+    return SimpleNamespace(
+        name=name, hit_policy=policy, keys=list(keys), host_indices=slots, indices_from_pool=None
+    )
+
+
+Opener = Callable[..., "KVCodecStorage"]
+"""open_storage(pool, config, **options): storage over a pool, with changes to the configuration."""
+
+
+@contextmanager
+def storage_opener(backend: FakeBackend, **defaults: object) -> Iterator[Opener]:
+    """Opens storages that all stand before `backend`, and closes them in the end."""
+    bridge = pytest.importorskip("sglang_cpu_bridge", reason="SGLang is not installed: make sglang")
+    bridge.install_stand_ins()
+    from kvcodec.sglang import storage as module
+
+    opened = []
+
+    def open_storage(
+        pool: object = None, config: Mapping[str, object] | None = None, **options: object
+    ) -> KVCodecStorage:
+        settings = {"model_name": "tiny", "tp_rank": 0, "tp_size": 1, **(config or {})}
+        extra = {"url": "memory://", **defaults, **options}
+        opened.append(module.KVCodecStorage(SimpleNamespace(**settings, extra_config=extra), pool))
+        return opened[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "open_backend", lambda url: backend)
+        yield open_storage
+    for storage in opened:
+        storage.close()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from fake_backend import FakeBackend
-from sglang_fakes import PAGE_COUNT, PAGE_SIZE, fake_pool, slots_of
+from sglang_fakes import KEYS, PAGE_SIZE, Opener, fake_pool, slots_of, storage_opener
 
 from kvcodec.errors import ConfigError
 from kvcodec.format import EncodedPage
@@ -30,7 +30,6 @@ needs_sglang = pytest.mark.skipif(
 
 URL = "memory://"
 PASS_PREFIX_KEYS = "hicache_storage_pass_prefix_keys"
-KEYS = [f"{index:064x}" for index in range(PAGE_COUNT)]
 
 
 # --- what is read
@@ -136,37 +135,16 @@ def test_salt_is_kept_nowhere():
 
 
 @pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> FakeBackend:
-    """What stands behind every storage of a test, whatever its URL."""
-    pytest.importorskip("sglang")
-    from kvcodec.sglang import storage
-
-    backend = FakeBackend()
-    monkeypatch.setattr(storage, "open_backend", lambda url: backend)
-    return backend
+def backend() -> FakeBackend:
+    return FakeBackend()
 
 
 @pytest.fixture
-def open_storage(backend: FakeBackend) -> Iterator[Callable[..., KVCodecStorage]]:
-    """open_storage(pool, **options) -> a KVCodecStorage, closed after the test."""
-    from kvcodec.sglang import KVCodecStorage
-
-    opened = []
-
-    def open_storage(
-        pool: object = None, config: Mapping[str, object] | None = None, **options: object
-    ) -> KVCodecStorage:
-        settings = SimpleNamespace(
-            **{"model_name": "tiny", "tp_rank": 0, "tp_size": 1, "is_mla_model": False}
-            | dict(config or {}),
-            extra_config={"url": URL, **options},
+def open_storage(backend: FakeBackend) -> Iterator[Opener]:
+    with storage_opener(backend) as opener:
+        yield lambda pool=None, config=None, **options: opener(
+            pool or fake_pool("mha", "page_first"), config, **options
         )
-        opened.append(KVCodecStorage(settings, pool or fake_pool("mha", "page_first")))
-        return opened[-1]
-
-    yield open_storage
-    for storage in opened:
-        storage.close()
 
 
 def back_up(
@@ -206,7 +184,7 @@ CODEC_OPTIONS: dict[str, tuple[str, dict[str, object], object]] = {
 @needs_sglang
 @pytest.mark.parametrize("name", sorted(CODEC_OPTIONS))
 def test_codec_option_changes_how_pages_are_encoded(
-    name: str, backend: FakeBackend, open_storage: Callable[..., KVCodecStorage], tmp_path: Path
+    name: str, backend: FakeBackend, open_storage: Opener, tmp_path: Path
 ):
     kind, others, value = CODEC_OPTIONS[name]
     if name == "per_layer_config_path":
@@ -221,9 +199,7 @@ def test_codec_option_changes_how_pages_are_encoded(
 
 
 @needs_sglang
-def test_layer_table_reaches_its_layer(
-    backend: FakeBackend, open_storage: Callable[..., KVCodecStorage]
-):
+def test_layer_table_reaches_its_layer(backend: FakeBackend, open_storage: Opener):
     back_up(open_storage(per_layer_config=LAYER_TABLE))
     codecs = codecs_of(backend)[0].split()
     assert codecs[2:4] == ["int8-g16", "int2-asym-g16"]
@@ -235,7 +211,7 @@ def test_layer_table_reaches_its_layer(
     ("tokens", "pages"), [(0, 0), (1, 1), (PAGE_SIZE, 1), (PAGE_SIZE + 1, 2), (1000, 4)]
 )
 def test_residual_length_is_rounded_up_to_pages(
-    tokens: int, pages: int, backend: FakeBackend, open_storage: Callable[..., KVCodecStorage]
+    tokens: int, pages: int, backend: FakeBackend, open_storage: Opener
 ):
     back_up(open_storage(residual_length=tokens))
     raw = [codecs.startswith("raw") for codecs in codecs_of(backend)]
@@ -251,16 +227,14 @@ def test_sink_tokens_are_the_first_of_the_sequence_not_of_the_call(
     prefix_pages: int,
     protected: list[bool],
     backend: FakeBackend,
-    open_storage: Callable[..., KVCodecStorage],
+    open_storage: Opener,
 ):
     back_up(open_storage(sink_tokens=PAGE_SIZE + 1), prefix_keys=["before"] * prefix_pages)
     assert [codecs.startswith("raw") for codecs in codecs_of(backend)] == protected
 
 
 @needs_sglang
-def test_pages_of_unknown_position_are_all_protected(
-    backend: FakeBackend, open_storage: Callable[..., KVCodecStorage]
-):
+def test_pages_of_unknown_position_are_all_protected(backend: FakeBackend, open_storage: Opener):
     storage = open_storage(sink_tokens=1)
     back_up(storage, prefix_keys=None)
     assert all(codecs.startswith("raw") for codecs in codecs_of(backend))
@@ -269,7 +243,7 @@ def test_pages_of_unknown_position_are_all_protected(
 
 @needs_sglang
 def test_protected_and_plain_pages_are_read_side_by_side(
-    open_storage: Callable[..., KVCodecStorage],
+    open_storage: Opener,
 ):
     storage = open_storage(residual_length=PAGE_SIZE, sink_tokens=PAGE_SIZE)
     back_up(storage)
@@ -278,9 +252,7 @@ def test_protected_and_plain_pages_are_read_side_by_side(
 
 @needs_sglang
 @pytest.mark.parametrize("name", ["namespace", "revision", "salt"])
-def test_identity_option_keeps_pages_apart(
-    name: str, backend: FakeBackend, open_storage: Callable[..., KVCodecStorage]
-):
+def test_identity_option_keeps_pages_apart(name: str, backend: FakeBackend, open_storage: Opener):
     back_up(open_storage(**{name: "first tenant"}))
     assert open_storage(**{name: "first tenant"}).batch_exists(KEYS) == 4
     for others in ({name: "second tenant"}, {}):
@@ -292,7 +264,7 @@ def test_identity_option_keeps_pages_apart(
 
 
 @needs_sglang
-def test_minimum_bits_makes_coarser_pages_misses(open_storage: Callable[..., KVCodecStorage]):
+def test_minimum_bits_makes_coarser_pages_misses(open_storage: Opener):
     back_up(open_storage(preset="kv4"))
     reader = open_storage(preset="kv8", minimum_bits=8)
     assert reader.batch_get_v1(KEYS[:4], slots_of(0, 1, 2, 3)) == [False] * 4
@@ -316,9 +288,7 @@ TIMEOUTS: dict[str, tuple[str, Callable[[KVCodecStorage], object]]] = {
 
 @needs_sglang
 @pytest.mark.parametrize("name", sorted(TIMEOUTS))
-def test_time_out_bounds_the_call(
-    name: str, backend: FakeBackend, open_storage: Callable[..., KVCodecStorage]
-):
+def test_time_out_bounds_the_call(name: str, backend: FakeBackend, open_storage: Opener):
     operation, call = TIMEOUTS[name]
     release = threading.Event()
 
@@ -330,14 +300,12 @@ def test_time_out_bounds_the_call(
     storage = open_storage(**{name: 0.2})
     start = time.monotonic()
     assert not call(storage)
-    assert 0.1 < time.monotonic() - start < 2.0
+    assert 0.1 < time.monotonic() - start < 15.0  # the store would take 30
     release.set()
 
 
 @needs_sglang
-def test_io_threads_bound_the_calls_under_way(
-    backend: FakeBackend, open_storage: Callable[..., KVCodecStorage]
-):
+def test_io_threads_bound_the_calls_under_way(backend: FakeBackend, open_storage: Opener):
     active: list[int] = []
     most: dict[int, int] = {}
     lock = threading.Lock()
@@ -368,9 +336,7 @@ def codec_thread_count() -> int:
 
 
 @needs_sglang
-def test_codec_threads_are_that_many(
-    backend: FakeBackend, open_storage: Callable[..., KVCodecStorage]
-):
+def test_codec_threads_are_that_many(backend: FakeBackend, open_storage: Opener):
     for threads in (1, 3):
         backend.objects.clear()
         storage = open_storage(codec_threads=threads)
@@ -381,7 +347,7 @@ def test_codec_threads_are_that_many(
 
 @needs_sglang
 def test_buffer_bytes_too_small_for_two_pages_is_refused(
-    open_storage: Callable[..., KVCodecStorage],
+    open_storage: Opener,
 ):
     pool = fake_pool("mha", "page_first", "float32")
     assert 2 * pool.size_per_token * PAGE_SIZE > 1 << 16

@@ -22,7 +22,7 @@ class RateLimitedLog:
         self._quiet_until: dict[str, float] = {}
         self._left_out: dict[str, int] = {}
 
-    def warning(self, kind: str, message: str, *arguments: object) -> None:
+    def report(self, kind: str, message: str, *arguments: object) -> None:
         """Log unless an event of this kind was logged within the interval."""
         now = time.monotonic()
         if now < self._quiet_until.get(kind, 0.0):

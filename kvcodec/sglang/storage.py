@@ -126,12 +126,12 @@ class KVCodecStorage(HiCacheStorage):
         # thread for good, and no failure of a cache may end a request in any version.
         except Exception as error:  # noqa: BLE001
             self._pipeline.counts.add(f"sglang.{operation}.raised")
-            self._log.warning(operation, "%s: %r", operation, error)
+            self._log.report(operation, "%s: %r", operation, error)
             return fallback
 
     def _refused(self, name: str) -> None:
         self._pipeline.counts.add(f"sglang.{name}")
-        self._log.warning(name, "%s", name)
+        self._log.report(name, "%s", name)
 
     # The one-pool interface: v1 with host indices, and its questions.
 
