@@ -10,23 +10,17 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcodec import native
-from kvcodec.errors import ConfigError, CorruptPage, NativeError, PageError
+from kvcodec.errors import ConfigError, CorruptPage, NativeError, PageError, UndecodedPage
 from kvcodec.format import EncodedPage
 from kvcodec.identity import Namespace
 from kvcodec.layout import PageViews, StreamStrides
 from kvcodec.plan import PagePlan
 
-__all__ = ["Codec", "UndecodedPage", "encoded_size"]
+__all__ = ["Codec", "encoded_size"]
 
 _FOREIGN_PLANS = 64
 
 Bytes = npt.NDArray[np.uint8]
-
-
-class UndecodedPage(PageError):
-    """Time or memory ran out before the page was decoded; it may be perfectly sound."""
-
-    kind = "undecoded"
 
 
 def encoded_size(plan: PagePlan) -> int:

@@ -9,7 +9,8 @@
     │   ├── CorruptPage              damage: cut, flipped, padded, of impossible structure
     │   ├── UnsupportedPage          a newer version, or a feature this reader does not know
     │   ├── MismatchedPage           a whole page, but of another identity, key or layout
-    │   └── QualityBelowMinimum      a right page with fewer bits than the reader demands
+    │   ├── QualityBelowMinimum      a right page with fewer bits than the reader demands
+    │   └── UndecodedPage            time or memory ran out first; the page may be perfectly sound
     └── BackendError                 the store failed; a missing object is not an error
         ├── BackendFull              no space, quota or inodes left
         ├── BackendReadOnly          the store cannot be written
@@ -32,6 +33,7 @@ __all__ = [
     "NativeError",
     "PageError",
     "QualityBelowMinimum",
+    "UndecodedPage",
     "UnsupportedPage",
 ]
 
@@ -104,6 +106,12 @@ class QualityBelowMinimum(PageError):
         super().__init__("bits", f"stored with {found} bits, the reader demands at least {minimum}")
         self.found = found
         self.minimum = minimum
+
+
+class UndecodedPage(PageError):
+    """Time or memory ran out before the page was decoded; it may be perfectly sound."""
+
+    kind = "undecoded"
 
 
 class BackendError(KVCodecError):

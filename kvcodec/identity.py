@@ -72,7 +72,7 @@ class Identity:
         """The bytes of the identity in a header (FORMAT.md 2.5)."""
         parts = []
         for name, value in self.fields:
-            data = value.encode()
+            data = _utf8(f"identity field {name!r}", value)
             if len(data) > 0xFFFF:
                 raise ConfigError(
                     f"identity field {name!r} takes {len(data)} bytes, allowed is 65535"
@@ -127,9 +127,16 @@ class Namespace:
         return object_name(self.digest, key)
 
 
+def _utf8(what: str, text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{what} {text!r} is not text: {error.reason}") from error
+
+
 def encode_key(key: str) -> bytes:
     """The key as it stands in a header."""
-    data = key.encode()
+    data = _utf8("page key", key)
     if not 1 <= len(data) <= MAX_KEY_BYTES:
         raise ConfigError(f"a page key of {len(data)} bytes; allowed is 1 to {MAX_KEY_BYTES}")
     return data

@@ -138,7 +138,9 @@ class PageLayout:
         """Keys and values of multi-head or grouped-query attention."""
         streams = (
             Stream(Role.KEY, head_count, head_size),
-            Stream(Role.VALUE, head_count, value_head_size or head_size),
+            Stream(
+                Role.VALUE, head_count, head_size if value_head_size is None else value_head_size
+            ),
         )
         return cls(
             dtype=dtype,
@@ -174,6 +176,8 @@ class PageLayout:
     @classmethod
     def opaque(cls, *, page_bytes: int, dtype: DType = DType.U8) -> PageLayout:
         """A page of which only the number of bytes is known."""
+        if page_bytes % dtype.itemsize:
+            raise ConfigError(f"{page_bytes} bytes are no whole number of {dtype.text} elements")
         stream = Stream(Role.OPAQUE, 1, page_bytes // dtype.itemsize)
         return cls(dtype=dtype, token_count=1, layer_count=1, streams=(stream,))
 
@@ -206,6 +210,9 @@ class StreamStrides:
     token_bytes: int
     group_bytes: int = 0
     group_heads: int = MAX_HEAD_COUNT
+
+    def __post_init__(self) -> None:
+        _require("group_heads", self.group_heads, 1, MAX_HEAD_COUNT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
