@@ -43,15 +43,40 @@ size_t row_code_bytes(uint32_t bits, uint32_t head_size) {
 
 // ---- per token
 
+// One step per loop, on short arrays: compilers turn that into vector code of any instruction set.
+
+template <typename Element>
+void load_values(const uint8_t* source, uint32_t count, float* values) {
+  for (uint32_t i = 0; i < count; ++i) values[i] = Element::load(source + i * Element::kBytes);
+}
+
+void widen_range(const float* values, uint32_t count, Range* range) {
+  Range wider = *range;
+  for (uint32_t i = 0; i < count; ++i) wider.add(values[i]);
+  *range = wider;
+}
+
+void store_codes(const float* values, uint32_t count, const Quantizer& quantizer, uint8_t* codes) {
+  const Quantizer q = quantizer;
+  uint32_t wide[kBlock];
+  for (uint32_t i = 0; i < count; ++i)
+    wide[i] = code_of(values[i], q.zero, q.inverse, q.bias, q.keep);
+  for (uint32_t i = 0; i < count; ++i) codes[i] = static_cast<uint8_t>(wide[i]);
+}
+
 template <typename Element>
 uint64_t store_row_parameters(const SectionCodec& codec, const uint8_t* row, uint32_t head_size,
                               uint8_t* target) {
   uint64_t outside = 0;
   for (uint32_t start = 0; start < head_size; start += codec.group_size) {
-    const uint32_t count = std::min(codec.group_size, head_size - start);
+    const uint32_t end = std::min(start + codec.group_size, head_size);
     Range range;
-    for (uint32_t i = 0; i < count; ++i)
-      range.add(Element::load(row + (start + i) * Element::kBytes));
+    for (uint32_t at = start; at < end; at += kBlock) {
+      float values[kBlock];
+      const uint32_t count = std::min(kBlock, end - at);
+      load_values<Element>(row + at * Element::kBytes, count, values);
+      widen_range(values, count, &range);
+    }
     const Parameter parameter = parameter_of<Element>(range, codec.bits, codec.asymmetric);
     outside += parameter.scale == kNaNScale;
     store_parameter(target, parameter, codec.asymmetric);
@@ -105,15 +130,30 @@ void encode_row(const SectionCodec& codec, const uint8_t* row, uint32_t head_siz
                  const Quantizer quantizer = quantizer_of<Element>(
                      load_parameter(parameters + group * parameter_size(codec), codec.asymmetric),
                      codec.bits, codec.asymmetric);
-                 for (uint32_t i = 0; i < elements; ++i) {
-                   const float value = Element::load(row + (first + i) * Element::kBytes);
-                   codes[first - start + i] = static_cast<uint8_t>(code_of(
-                       value, quantizer.zero, quantizer.inverse, quantizer.bias, quantizer.keep));
-                 }
+                 float values[kBlock];
+                 load_values<Element>(row + first * Element::kBytes, elements, values);
+                 store_codes(values, elements, quantizer, codes + (first - start));
                });
     pack_block(codec.bits, codes, count, target);
     target += count * codec.bits / 8;  // only the last block may be short, and nothing follows it
   }
+}
+
+template <typename Element>
+void store_values(uint32_t bits, const uint8_t* codes, uint32_t count,
+                  const Dequantizer& dequantizer, uint8_t* target) {
+  const Dequantizer d = dequantizer;
+  if (count <= 1u << bits) {
+    for (uint32_t i = 0; i < count; ++i)
+      store_decoded<Element>(target + i * Element::kBytes, codes[i], d.zero, d.scale, d.bias);
+    return;
+  }
+  // Fewer codes than elements, which are at most a block: each code is worked out once.
+  uint8_t table[kBlock * Element::kBytes];
+  for (uint32_t code = 0; code < 1u << bits; ++code)
+    store_decoded<Element>(table + code * Element::kBytes, code, d.zero, d.scale, d.bias);
+  for (uint32_t i = 0; i < count; ++i)
+    std::memcpy(target + i * Element::kBytes, table + codes[i] * Element::kBytes, Element::kBytes);
 }
 
 template <typename Element>
@@ -129,11 +169,8 @@ void decode_row(const SectionCodec& codec, const uint8_t* source, const uint8_t*
                  const Dequantizer dequantizer = dequantizer_of<Element>(
                      load_parameter(parameters + group * parameter_size(codec), codec.asymmetric),
                      codec.bits, codec.asymmetric);
-                 for (uint32_t i = 0; i < elements; ++i) {
-                   store_decoded<Element>(row + (first + i) * Element::kBytes,
-                                          codes[first - start + i], dequantizer.zero,
-                                          dequantizer.scale, dequantizer.bias);
-                 }
+                 store_values<Element>(codec.bits, codes + (first - start), elements, dequantizer,
+                                       row + first * Element::kBytes);
                });
   }
 }
