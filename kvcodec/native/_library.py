@@ -1,4 +1,6 @@
-"""Finds, loads and describes libkvcodec: the C declarations of kvcodec.h in ctypes and numpy."""
+"""Finds, loads and describes libkvcodec: the declarations of kvcodec.h in ctypes and numpy, and the
+functions that need no pool.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from kvcodec.errors import NativeError
 
@@ -22,7 +25,13 @@ __all__ = [
     "STREAM",
     "Library",
     "PlanStructure",
+    "address_of",
+    "available_isas",
+    "checksum",
+    "isa",
     "library",
+    "section_bytes",
+    "set_isa",
 ]
 
 ABI_VERSION = 1
@@ -161,3 +170,67 @@ def library() -> Library:
         ) from error
     except AttributeError as error:
         raise NativeError(f"{name} is not kvcodec's library: {error}") from error
+
+
+def available_isas() -> tuple[str, ...]:
+    """Names of the instruction sets that can be used here, best first."""
+    return tuple(_text(library().available_isas()).split(","))
+
+
+def isa() -> str:
+    """The instruction set in use.
+
+    Raises `NativeError` if KVCODEC_FORCE_ISA names one that is not there.
+    """
+    name = _text(library().current_isa())
+    if not name:
+        raise NativeError(
+            f"KVCODEC_FORCE_ISA is {os.environ.get('KVCODEC_FORCE_ISA')!r}; "
+            f"this machine offers {', '.join(available_isas())}"
+        )
+    return name
+
+
+def set_isa(name: str) -> None:
+    """Use another instruction set from now on; for tests and benchmarks."""
+    if library().set_isa(name.encode()) != DONE:
+        raise NativeError(
+            f"instruction set {name!r}; this machine offers {', '.join(available_isas())}"
+        )
+
+
+def checksum(buffer: bytes | bytearray | memoryview) -> int:
+    """XXH3-64 with seed 0 of a contiguous buffer."""
+    if memoryview(buffer).nbytes == 0:
+        return int(library().checksum(None, 0))
+    data = np.frombuffer(buffer, np.uint8)
+    return int(library().checksum(address_of(data), len(data)))
+
+
+def section_bytes(
+    *,
+    dtype: int,
+    head_count: int,
+    token_count: int,
+    head_size: int,
+    kind: int,
+    bits: int,
+    asymmetric: bool = False,
+    channel: bool = False,
+    group_size: int = 0,
+) -> int:
+    """Exact stored bytes of one section, without its padding; 0 if the combination is not valid."""
+    options = asymmetric | channel << 1
+    numbers = (dtype, head_count, token_count, head_size, kind, bits, options, group_size)
+    if not all(0 <= number < 1 << 32 for number in numbers):
+        return 0
+    return int(library().section_bytes(*numbers))
+
+
+def address_of(array: npt.NDArray[np.generic]) -> int:
+    """Where the elements of an array lie."""
+    return int(array.__array_interface__["data"][0])
+
+
+def _text(name: bytes) -> str:
+    return name.decode("ascii")

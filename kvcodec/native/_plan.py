@@ -1,0 +1,118 @@
+"""What the pages of a batch have in common, as the native library takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvcodec.errors import NativeError
+from kvcodec.native import _library
+from kvcodec.native._library import address_of
+
+__all__ = ["Plan", "Section", "StreamRows"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamRows:
+    """One stream of the layout, and the distances in bytes between its rows in host memory."""
+
+    head_count: int
+    head_size: int
+    group_heads: int
+    layer_stride: int
+    group_stride: int
+    head_stride: int
+    token_stride: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """One section: its codec, and where it and its checksum lie in a page."""
+
+    kind: int
+    bits: int
+    asymmetric: bool
+    channel: bool
+    group_size: int
+    offset: int
+    stored_bytes: int
+    checksum_offset: int
+
+
+class Plan:
+    """Everything the pages of a batch have in common; immutable.
+
+    `header` is a finished header whose key and checksums are zero. The numbers are checked against
+    each other when a batch is submitted.
+    """
+
+    def __init__(
+        self,
+        *,
+        dtype: int,
+        token_count: int,
+        layer_count: int,
+        streams: Sequence[StreamRows],
+        sections: Sequence[Section],
+        header: bytes,
+        key_offset: int,
+        key_bytes: int,
+        page_bytes: int,
+    ) -> None:
+        self.stream_count = len(streams)
+        self.key_bytes = key_bytes
+        self.page_bytes = page_bytes
+        self._header = header
+        stream_rows = [
+            (
+                s.head_count,
+                s.head_size,
+                s.group_heads,
+                0,
+                s.layer_stride,
+                s.group_stride,
+                s.head_stride,
+                s.token_stride,
+            )
+            for s in streams
+        ]
+        section_rows = [
+            (
+                s.kind,
+                s.bits,
+                s.asymmetric | s.channel << 1,
+                0,
+                s.group_size,
+                s.offset,
+                s.stored_bytes,
+                s.checksum_offset,
+            )
+            for s in sections
+        ]
+        self._streams = np.array(stream_rows, _library.STREAM)
+        self._sections = np.array(section_rows, _library.SECTION)
+        small = {
+            "dtype": dtype,
+            "token_count": token_count,
+            "layer_count": layer_count,
+            "stream_count": len(streams),
+            "section_count": len(sections),
+            "header_bytes": len(header),
+            "key_offset": key_offset,
+            "key_bytes": key_bytes,
+        }
+        for name, number in small.items():
+            if not 0 <= number < 1 << 32:  # ctypes would take it modulo 2^32
+                raise NativeError(f"{name} is {number}, which does not fit 32 bits")
+        if not 0 <= page_bytes < 1 << 64:
+            raise NativeError(f"page_bytes is {page_bytes}, which does not fit 64 bits")
+        self.structure = _library.PlanStructure(
+            abi_version=_library.ABI_VERSION,
+            page_bytes=page_bytes,
+            header=address_of(np.frombuffer(header, np.uint8)) if header else None,
+            streams=address_of(self._streams),
+            sections=address_of(self._sections),
+            **small,
+        )
