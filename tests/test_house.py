@@ -33,6 +33,7 @@ BANNED_CALLS = frozenset(
     {"eval", "exec", "compile", "torch.load", "yaml.load", "yaml.unsafe_load", "numpy.load"}
 )
 NO_OFFERS = frozenset({"TypeVar", "ParamSpec", "TypeVarTuple", "logging.getLogger"})
+ALIASED = frozenset({"npt.NDArray", "tuple", "list", "dict", "Callable"})
 HEAVY_IMPORTS = ("fsspec", "google.protobuf", "grpc", "lmcache", "pytest", "sglang", "torch")
 
 
@@ -165,7 +166,8 @@ def test_import_loads_no_engine_and_no_network():
 def public_names(tree: ast.Module) -> set[str]:
     """Names that the module itself defines at its top level and does not mark as private.
 
-    Type variables and loggers are no offer to anybody, and by custom have public names.
+    Type variables, aliases of array types and loggers are no offer to anybody, and by custom have
+    public names.
     """
     names: set[str] = set()
     for node in tree.body:
@@ -173,6 +175,8 @@ def public_names(tree: ast.Module) -> set[str]:
             names.add(node.name)
         elif isinstance(node, ast.Assign):
             if isinstance(node.value, ast.Call) and dotted(node.value.func) in NO_OFFERS:
+                continue
+            if isinstance(node.value, ast.Subscript) and dotted(node.value.value) in ALIASED:
                 continue
             targets = [leaf for target in node.targets for leaf in ast.walk(target)]
             names.update(leaf.id for leaf in targets if isinstance(leaf, ast.Name))

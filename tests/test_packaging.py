@@ -86,11 +86,11 @@ def test_library_loads_alone(unpacked: Path):
     assert [name for name in loaded if name.startswith(("libxxhash", "libstdc++"))] == []
 
 
-def test_library_exports_what_the_header_declares_and_nothing_else(unpacked: Path):
-    native = unpacked / "kvcodec" / "native"
-    header = (native / "kvcodec.h").read_text()
-    declared = set(re.findall(r"^KVC_EXPORT .*?\b(kvc_\w+)\(", header, re.MULTILINE))
-    command = ["nm", "--dynamic", "--defined-only", str(native / "libkvcodec.so")]
+def test_library_exports_what_its_headers_declare_and_nothing_else(unpacked: Path):
+    headers = "".join(path.read_text() for path in (ROOT / "kvcodec" / "native").glob("*.h"))
+    declared = set(re.findall(r"^KVC_EXPORT .*?\b(kvc_\w+)\(", headers, re.MULTILINE))
+    library = unpacked / "kvcodec" / "native" / "libkvcodec.so"
+    command = ["nm", "--dynamic", "--defined-only", str(library)]
     run = subprocess.run(command, check=True, capture_output=True, text=True)
     assert {line.split()[-1] for line in run.stdout.splitlines()} == declared
 
