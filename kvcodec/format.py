@@ -22,12 +22,7 @@ from kvcodec.errors import (
     QualityBelowMinimum,
     UnsupportedPage,
 )
-from kvcodec.identity import (
-    MAX_IDENTITY_BYTES,
-    MAX_KEY_BYTES,
-    Identity,
-    Namespace,
-)
+from kvcodec.identity import MAX_IDENTITY_BYTES, MAX_KEY_BYTES, Identity, Namespace
 from kvcodec.layout import (
     MAX_LAYER_COUNT,
     MAX_SECTION_BYTES,
@@ -40,14 +35,22 @@ from kvcodec.layout import (
 from kvcodec.spec import RAW, Axis, Kind, SectionCodec
 
 __all__ = [
+    "CHECKSUM_BYTES",
+    "FIXED",
     "MAGIC",
+    "MAJOR",
     "MAX_EXTENSION_BYTES",
     "MAX_HEADER_BYTES",
+    "MINOR",
+    "SECTION",
+    "STREAM",
     "EncodedPage",
     "Extension",
     "PageHeader",
+    "extension_record",
     "pad64",
     "parameter_bytes",
+    "section_row",
     "section_stored_bytes",
 ]
 

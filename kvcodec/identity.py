@@ -13,7 +13,15 @@ from dataclasses import dataclass, field
 from kvcodec.errors import ConfigError, CorruptPage
 from kvcodec.layout import PageLayout
 
-__all__ = ["MAX_IDENTITY_BYTES", "MAX_KEY_BYTES", "Identity", "Namespace", "layout_record"]
+__all__ = [
+    "MAX_IDENTITY_BYTES",
+    "MAX_KEY_BYTES",
+    "Identity",
+    "Namespace",
+    "encode_key",
+    "layout_record",
+    "object_name",
+]
 
 MAX_IDENTITY_BYTES = 16384
 MAX_KEY_BYTES = 1024

@@ -14,7 +14,7 @@ import yaml
 from kvcodec.errors import ConfigError
 from kvcodec.layout import MAX_HEAD_SIZE, PageLayout, Role
 
-__all__ = ["PRESETS", "SPEC_OPTIONS", "Axis", "CodecSpec", "Kind", "SectionCodec"]
+__all__ = ["PRESETS", "RAW", "SPEC_OPTIONS", "Axis", "CodecSpec", "Kind", "SectionCodec"]
 
 
 class Kind(enum.IntEnum):
