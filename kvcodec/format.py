@@ -177,6 +177,7 @@ def _same(what: str, found: object, expected: object) -> None:
 
 
 def section_row(layout: PageLayout, stream: Stream, codec: SectionCodec) -> tuple[int, ...]:
+    """A section's row in the table, its checksum zero. Raises `ConfigError` beyond a limit."""
     if codec.kind is Kind.INT and not layout.dtype.is_quantizable:
         raise ConfigError(
             f"{layout.dtype.text} pages are stored raw; {codec.text} cannot be applied"
@@ -191,6 +192,7 @@ def section_row(layout: PageLayout, stream: Stream, codec: SectionCodec) -> tupl
 
 
 def extension_record(extensions: Sequence[Extension]) -> bytes:
+    """The extensions as they stand in a header. Raises `ConfigError` beyond a limit."""
     types = [extension.type for extension in extensions]
     if types != sorted(set(types)) or not all(0 <= number <= 0xFFFF for number in types):
         raise ConfigError(f"extension types {types} are not ascending numbers of 16 bits")
