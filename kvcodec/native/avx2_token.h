@@ -61,16 +61,35 @@ struct Fp16 {
   }
 };
 
+// Words as 32-bit integers, in the order of widening.
+template <typename Element>
+KVC_INLINE void split_words(__m256i words, __m256i out[2]) {
+  if (Element::kEvenOdd) {
+    out[0] = _mm256_and_si256(words, _mm256_set1_epi32(0xFFFF));
+    out[1] = _mm256_srli_epi32(words, 16);
+  } else {
+    out[0] = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(words));
+    out[1] = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(words, 1));
+  }
+}
+
 // ---- extremes of groups
 
 struct Magnitude {
   __m256i value;
 
+  Magnitude() = default;
   explicit KVC_INLINE Magnitude(__m256i first) : value(_mm256_and_si256(first, _mm256_set1_epi16(0x7FFF))) {}
   KVC_INLINE void add(__m256i other) {
     value = _mm256_max_epi16(value, _mm256_and_si256(other, _mm256_set1_epi16(0x7FFF)));
   }
   KVC_INLINE __m256i half_reduced() const { return value; }
+
+  KVC_INLINE void start(__m256i) { value = _mm256_setzero_si256(); }
+  template <typename Element>
+  KVC_INLINE void split(__m256i[2], __m256i high[2]) const {
+    split_words<Element>(value, high);
+  }
 };
 
 // Of sign-and-magnitude bits a signed maximum is the largest element if one is not negative, and an unsigned maximum is
@@ -213,21 +232,37 @@ KVC_INLINE __m256i is_inside(__m256i bits, int edge) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(edge), _mm256_and_si256(bits, _mm256_set1_epi32(0x7FFF)));
 }
 
-template <typename Element, uint32_t kBits>
-KVC_INLINE __m256i symmetric_parameters(TokenChunk& chunk, uint32_t first) {
-  const __m256i bits = reduce_magnitudes(chunk.extremes + first * kExtremesBytes);
-  const __m256i inside = _mm256_cmpgt_epi32(_mm256_set1_epi32(Element::kOutside), bits);
+// Parameters of 8 groups.
+struct GroupParameters {
   __m256 inverse;
-  const __m256i scale = scales_of(Element::widen(bits), _mm256_set1_ps(symmetric_factor(kBits)), inside, &inverse);
-  _mm256_store_ps(chunk.inverse + first, inverse);
-  const __m256i high = _mm256_srli_epi32(scale, 16);
-  _mm_store_si128(reinterpret_cast<__m128i*>(chunk.parameters + first * 2),
-                  _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
-  return inside;
+  __m256 zero;
+  __m256i stored;  // scale in the upper half, zero in the lower
+  __m256i inside;
+};
+
+template <typename Element, uint32_t kBits>
+KVC_INLINE GroupParameters magnitude_parameters(__m256i bits) {
+  GroupParameters p;
+  p.inside = _mm256_cmpgt_epi32(_mm256_set1_epi32(Element::kOutside), bits);
+  p.zero = _mm256_setzero_ps();
+  p.stored = scales_of(Element::widen(bits), _mm256_set1_ps(symmetric_factor(kBits)), p.inside, &p.inverse);
+  return p;
 }
 
 template <typename Element, uint32_t kBits>
-KVC_INLINE __m256i asymmetric_parameters(const TokenShape& shape, TokenChunk& chunk, uint32_t first) {
+KVC_INLINE GroupParameters range_parameters(__m256i smallest, __m256i largest) {
+  GroupParameters p;
+  p.inside = _mm256_and_si256(is_inside(smallest, Element::kOutside), is_inside(largest, Element::kOutside));
+  const __m256i zero_bits = _mm256_and_si256(smallest, p.inside);
+  p.zero = Element::widen(zero_bits);
+  const __m256 extent = _mm256_sub_ps(Element::widen(largest), p.zero);
+  const __m256i scale = scales_of(extent, _mm256_set1_ps(asymmetric_factor(kBits)), p.inside, &p.inverse);
+  p.stored = _mm256_or_si256(scale, zero_bits);
+  return p;
+}
+
+template <typename Element, uint32_t kBits>
+KVC_INLINE GroupParameters token_range_parameters(const TokenShape& shape, const TokenChunk& chunk, uint32_t first) {
   __m256i smallest, largest;
   reduce_smallest_largest(chunk.extremes + first * kExtremesBytes, &smallest, &largest);
   const __m256i wrong = _mm256_or_si256(largest, _mm256_xor_si256(smallest, _mm256_set1_epi32(0x8000)));
@@ -235,16 +270,7 @@ KVC_INLINE __m256i asymmetric_parameters(const TokenShape& shape, TokenChunk& ch
   if (__builtin_expect(single != 0, false)) {
     correct_single_sign(shape, chunk, first, static_cast<uint32_t>(single), &smallest, &largest);
   }
-  const __m256i inside = _mm256_and_si256(is_inside(smallest, Element::kOutside), is_inside(largest, Element::kOutside));
-  const __m256i zero_bits = _mm256_and_si256(smallest, inside);
-  const __m256 zero = Element::widen(zero_bits);
-  const __m256 extent = _mm256_sub_ps(Element::widen(largest), zero);
-  __m256 inverse;
-  const __m256i scale = scales_of(extent, _mm256_set1_ps(asymmetric_factor(kBits)), inside, &inverse);
-  _mm256_store_ps(chunk.inverse + first, inverse);
-  _mm256_store_ps(chunk.zero + first, zero);
-  store_aligned(chunk.parameters + first * 4, _mm256_or_si256(scale, zero_bits));
-  return inside;
+  return range_parameters<Element, kBits>(smallest, largest);
 }
 
 template <typename Element, uint32_t kBits, bool kAsymmetric>
@@ -252,11 +278,21 @@ bool find_parameters(const TokenShape& shape, TokenChunk& chunk) {
   const uint32_t groups = chunk.rows * shape.groups;
   bool any_outside = false;
   for (uint32_t first = 0; first < groups; first += 8) {
-    const __m256i inside = kAsymmetric ? asymmetric_parameters<Element, kBits>(shape, chunk, first)
-                                       : symmetric_parameters<Element, kBits>(chunk, first);
+    GroupParameters p;
+    if (kAsymmetric) {
+      p = token_range_parameters<Element, kBits>(shape, chunk, first);
+      store_aligned(chunk.parameters + first * 4, p.stored);
+      _mm256_store_ps(chunk.zero + first, p.zero);
+    } else {
+      p = magnitude_parameters<Element, kBits>(reduce_magnitudes(chunk.extremes + first * kExtremesBytes));
+      const __m256i high = _mm256_srli_epi32(p.stored, 16);
+      _mm_store_si128(reinterpret_cast<__m128i*>(chunk.parameters + first * 2),
+                      _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
+    }
+    _mm256_store_ps(chunk.inverse + first, p.inverse);
     const uint32_t present = groups - first < 8 ? (1u << (groups - first)) - 1 : 0xFF;
-    const uint32_t outside = ~static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(inside))) & present;
-    note_outside(chunk, first, 8, outside, &any_outside);
+    const uint32_t inside = static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(p.inside)));
+    note_outside(chunk, first, 8, ~inside & present, &any_outside);
   }
   return any_outside;
 }

@@ -54,15 +54,6 @@ inline __m256 tamed(__m256 v) {
   return _mm256_blendv_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(0x7FC00000)), nan);
 }
 
-// Whether no value of a group with this scale and zero needs clamping or can be a NaN.
-template <typename Element>
-KVC_INLINE bool is_tame(uint16_t scale_bits, uint16_t zero_bits) {
-  // bf16: |zero| below 2^126 and 255 * scale far below; fp16: below 2^14 and 2^15.
-  constexpr uint32_t kScaleEnd = Element::kEvenOdd ? 0x7600 : 0x4280;
-  constexpr uint32_t kZeroEnd = Element::kEvenOdd ? 0x7E80 : 0x7400;
-  return scale_bits < kScaleEnd && (zero_bits & 0x7FFFu) < kZeroEnd;
-}
-
 // ---- 4 and 2 bits
 
 // The low and the high bytes of 16 values, twice.

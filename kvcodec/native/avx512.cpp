@@ -43,8 +43,10 @@ namespace {
 #include "avx512_token.h"
 #include "avx512_pack.h"
 #include "avx512_unpack.h"
-#include "x86_choose.h"
+#include "avx512_lanes.h"
+#include "x86_channel.h"
 #include "x86_raw.h"
+#include "x86_choose.h"
 
 uint64_t encode_section(const SectionCodec& codec, const Rows& rows, const Rows* next, uint8_t* out) {
   if (codec.kind == KVC_KIND_RAW) {
@@ -55,6 +57,7 @@ uint64_t encode_section(const SectionCodec& codec, const Rows& rows, const Rows*
     const ChooseTokenEncoder choose{TokenShape(codec, rows).halves};
     return encode_token_rows(with_codec(codec, choose), codec, rows, next, out);
   }
+  if (ChannelShape::covers(codec, rows)) return with_codec(codec, ChooseChannelEncoder{})(codec, rows, next, out);
   return kScalarKernels.encode_section(codec, rows, next, out);
 }
 
@@ -66,6 +69,9 @@ void decode_section(const SectionCodec& codec, const uint8_t* in, const Rows& ro
     decode_token_rows(with_codec(codec, choose), codec, in, rows);
     if (stream) _mm_sfence();
     return;
+  }
+  if (ChannelShape::covers(codec, rows)) {
+    return with_codec(codec, ChooseChannelDecoder{rows_aligned(rows, rows.head_size * 2, 64)})(codec, in, rows);
   }
   kScalarKernels.decode_section(codec, in, rows);
 }

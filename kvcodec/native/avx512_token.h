@@ -62,29 +62,46 @@ KVC_INLINE __m512i load_words(const uint8_t* source, uint32_t count) {
   return _mm512_maskz_loadu_epi16(first_words(count), source);
 }
 
+// Words as 32-bit integers, in the order of widening.
+template <typename Element>
+KVC_INLINE void split_words(__m512i words, __m512i out[2]) {
+  if (Element::kEvenOdd) {
+    out[0] = _mm512_and_si512(words, _mm512_set1_epi32(0xFFFF));
+    out[1] = _mm512_srli_epi32(words, 16);
+  } else {
+    out[0] = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(words));
+    out[1] = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(words, 1));
+  }
+}
+
 // ---- extremes of groups
 
 // Largest magnitude: the maximum of the bits without the sign.
 struct Magnitude {
-  static constexpr bool kAsymmetric = false;
   __m512i value;
 
-  explicit Magnitude(__m512i first) : value(_mm512_and_si512(first, _mm512_set1_epi16(0x7FFF))) {}
+  Magnitude() = default;
+  explicit KVC_INLINE Magnitude(__m512i first) : value(_mm512_and_si512(first, _mm512_set1_epi16(0x7FFF))) {}
   KVC_INLINE void add(__m512i other) {
     value = _mm512_max_epi16(value, _mm512_and_si512(other, _mm512_set1_epi16(0x7FFF)));
   }
   KVC_INLINE __m512i half_reduced() const { return value; }
+
+  KVC_INLINE void start(__m512i) { value = _mm512_setzero_si512(); }
+  template <typename Element>
+  KVC_INLINE void split(__m512i[2], __m512i high[2]) const {
+    split_words<Element>(value, high);
+  }
 };
 
 // Smallest and largest. Of sign-and-magnitude bits a signed maximum is the largest element if one is not negative, and
 // an unsigned maximum is the smallest if one is negative: two operations, where keys in numeric order would take two
 // more. Groups of one sign are put right later.
 struct SmallestLargest {
-  static constexpr bool kAsymmetric = true;
   __m512i largest;
   __m512i smallest;
 
-  explicit SmallestLargest(__m512i first) : largest(first), smallest(first) {}
+  explicit KVC_INLINE SmallestLargest(__m512i first) : largest(first), smallest(first) {}
   KVC_INLINE void add(__m512i other) {
     largest = _mm512_max_epi16(largest, other);
     smallest = _mm512_max_epu16(smallest, other);
@@ -226,17 +243,40 @@ KVC_INLINE __m512i scales_of(__m512 extent, __m512 factor, __mmask16 inside, __m
   return _mm512_mask_mov_epi32(_mm512_set1_epi32(0x7FC00000), inside, scale);
 }
 
+// Parameters of 16 groups.
+struct GroupParameters {
+  __m512 inverse;
+  __m512 zero;
+  __m512i stored;  // scale in the upper half, zero in the lower
+  __mmask16 inside;
+};
+
 template <typename Element, uint32_t kBits>
-KVC_INLINE __mmask16 symmetric_parameters(const TokenChunk& chunk, uint32_t first, __m512i* scale, __m512* inverse) {
-  const __m512i bits = reduce_magnitudes(chunk.extremes + first * 64);
-  const __mmask16 inside = _mm512_cmplt_epi32_mask(bits, _mm512_set1_epi32(Element::kOutside));
-  *scale = scales_of(Element::widen(bits), _mm512_set1_ps(symmetric_factor(kBits)), inside, inverse);
-  return inside;
+KVC_INLINE GroupParameters magnitude_parameters(__m512i bits) {
+  GroupParameters p;
+  p.inside = _mm512_cmplt_epi32_mask(bits, _mm512_set1_epi32(Element::kOutside));
+  p.zero = _mm512_setzero_ps();
+  p.stored = scales_of(Element::widen(bits), _mm512_set1_ps(symmetric_factor(kBits)), p.inside, &p.inverse);
+  return p;
 }
 
 template <typename Element, uint32_t kBits>
-KVC_INLINE __mmask16 asymmetric_parameters(const TokenShape& shape, const TokenChunk& chunk, uint32_t first,
-                                       __m512i* scale, __m512i* zero_bits, __m512* inverse, __m512* zero) {
+KVC_INLINE GroupParameters range_parameters(__m512i smallest, __m512i largest) {
+  const __m512i magnitude = _mm512_set1_epi32(0x7FFF);
+  const __m512i edge = _mm512_set1_epi32(Element::kOutside);
+  GroupParameters p;
+  p.inside = _mm512_cmplt_epi32_mask(_mm512_and_si512(smallest, magnitude), edge) &
+             _mm512_cmplt_epi32_mask(_mm512_and_si512(largest, magnitude), edge);
+  const __m512i zero_bits = _mm512_maskz_mov_epi32(p.inside, smallest);
+  p.zero = Element::widen(zero_bits);
+  const __m512 extent = _mm512_sub_ps(Element::widen(largest), p.zero);
+  const __m512i scale = scales_of(extent, _mm512_set1_ps(asymmetric_factor(kBits)), p.inside, &p.inverse);
+  p.stored = _mm512_or_si512(scale, zero_bits);
+  return p;
+}
+
+template <typename Element, uint32_t kBits>
+KVC_INLINE GroupParameters token_range_parameters(const TokenShape& shape, const TokenChunk& chunk, uint32_t first) {
   __m512i smallest, largest;
   reduce_smallest_largest(chunk.extremes + first * 64, &smallest, &largest);
   const __m512i sign = _mm512_set1_epi32(0x8000);
@@ -244,15 +284,7 @@ KVC_INLINE __mmask16 asymmetric_parameters(const TokenShape& shape, const TokenC
   if (__builtin_expect(single != 0, false)) {
     correct_single_sign(shape, chunk, first, single, &smallest, &largest);
   }
-  const __m512i magnitude = _mm512_set1_epi32(0x7FFF);
-  const __m512i edge = _mm512_set1_epi32(Element::kOutside);
-  const __mmask16 inside = _mm512_cmplt_epi32_mask(_mm512_and_si512(smallest, magnitude), edge) &
-                           _mm512_cmplt_epi32_mask(_mm512_and_si512(largest, magnitude), edge);
-  *zero_bits = _mm512_maskz_mov_epi32(inside, smallest);
-  *zero = Element::widen(*zero_bits);
-  const __m512 extent = _mm512_sub_ps(Element::widen(largest), *zero);
-  *scale = scales_of(extent, _mm512_set1_ps(asymmetric_factor(kBits)), inside, inverse);
-  return inside;
+  return range_parameters<Element, kBits>(smallest, largest);
 }
 
 template <typename Element, uint32_t kBits, bool kAsymmetric>
@@ -260,24 +292,19 @@ bool find_parameters(const TokenShape& shape, TokenChunk& chunk) {
   const uint32_t groups = chunk.rows * shape.groups;
   bool any_outside = false;
   for (uint32_t first = 0; first < groups; first += 16) {
-    __m512i scale;
-    __m512 inverse;
-    __mmask16 inside;
+    GroupParameters p;
     if (kAsymmetric) {
-      __m512i zero_bits;
-      __m512 zero;
-      inside = asymmetric_parameters<Element, kBits>(shape, chunk, first, &scale, &zero_bits, &inverse, &zero);
-      _mm512_store_si512(chunk.parameters + first * 4, _mm512_or_si512(scale, zero_bits));
-      _mm512_store_ps(chunk.zero + first, zero);
+      p = token_range_parameters<Element, kBits>(shape, chunk, first);
+      _mm512_store_si512(chunk.parameters + first * 4, p.stored);
+      _mm512_store_ps(chunk.zero + first, p.zero);
     } else {
-      inside = symmetric_parameters<Element, kBits>(chunk, first, &scale, &inverse);
+      p = magnitude_parameters<Element, kBits>(reduce_magnitudes(chunk.extremes + first * 64));
       _mm256_store_si256(reinterpret_cast<__m256i*>(chunk.parameters + first * 2),
-                         _mm512_cvtepi32_epi16(_mm512_srli_epi32(scale, 16)));
+                         _mm512_cvtepi32_epi16(_mm512_srli_epi32(p.stored, 16)));
     }
-    _mm512_store_ps(chunk.inverse + first, inverse);
+    _mm512_store_ps(chunk.inverse + first, p.inverse);
     const uint32_t present = groups - first < 16 ? (1u << (groups - first)) - 1 : 0xFFFF;
-    const uint32_t outside = ~static_cast<uint32_t>(inside) & present;
-    note_outside(chunk, first, 16, outside, &any_outside);
+    note_outside(chunk, first, 16, ~static_cast<uint32_t>(p.inside) & present, &any_outside);
   }
   return any_outside;
 }

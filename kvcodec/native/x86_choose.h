@@ -53,3 +53,22 @@ struct ChooseTokenDecoder {
     return token_decoder<Element, kBits, kAsymmetric>(halves, stream);
   }
 };
+
+using ChannelEncode = uint64_t (*)(const SectionCodec&, const Rows&, const Rows*, uint8_t*);
+using ChannelDecode = void (*)(const SectionCodec&, const uint8_t*, const Rows&);
+
+struct ChooseChannelEncoder {
+  template <typename Element, uint32_t kBits, bool kAsymmetric>
+  ChannelEncode call() const {
+    return encode_channel_units<Element, kBits, kAsymmetric>;
+  }
+};
+
+struct ChooseChannelDecoder {
+  bool stream;
+  template <typename Element, uint32_t kBits, bool kAsymmetric>
+  ChannelDecode call() const {
+    return stream ? decode_channel_units<Element, kBits, kAsymmetric, true>
+                  : decode_channel_units<Element, kBits, kAsymmetric, false>;
+  }
+};

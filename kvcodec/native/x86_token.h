@@ -85,6 +85,23 @@ struct TokenEncoder {
   void (*quantise)(const TokenShape&, const TokenChunk&, const float* inverse, const float* zero);
 };
 
+// Where scales and magnitudes of zeros end of which no value needs clamping or can be a NaN. bf16: |zero| below 2^126 and
+// 255 * scale far below; fp16: below 2^14 and 2^15.
+template <typename Element>
+constexpr uint32_t scale_end() {
+  return Element::kEvenOdd ? 0x7600 : 0x4280;
+}
+
+template <typename Element>
+constexpr uint32_t zero_end() {
+  return Element::kEvenOdd ? 0x7E80 : 0x7400;
+}
+
+template <typename Element>
+inline bool is_tame(uint16_t scale_bits, uint16_t zero_bits) {
+  return scale_bits < scale_end<Element>() && (zero_bits & 0x7FFFu) < zero_end<Element>();
+}
+
 // The bits of the element of a group that has the smallest magnitude.
 inline uint32_t smallest_bits(const TokenShape& shape, const TokenChunk& chunk, uint32_t group) {
   const uint32_t in_row = group % shape.groups;
