@@ -15,6 +15,7 @@ from kvcodec.format import EncodedPage
 from kvcodec.identity import Namespace
 from kvcodec.layout import PageViews, StreamStrides
 from kvcodec.plan import PagePlan
+from kvcodec.spec import Kind
 
 __all__ = ["Codec", "encoded_size"]
 
@@ -85,6 +86,10 @@ def _check_batch(
             raise ConfigError(
                 f"a key of {len(key)} bytes under a plan for keys of {plan.key_bytes}"
             )
+        try:
+            key.decode()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"the page key {key!r} is not UTF-8") from error
         if page.ndim != 1 or page.dtype != np.uint8 or not page.flags.c_contiguous:
             raise ConfigError(
                 f"an encoded page is a contiguous uint8 array, not {page.dtype} {page.shape}"
@@ -145,8 +150,13 @@ class Codec:
         the return.
         """
         _check_batch(plan, keys, pages, views)
+        if not views.writable:
+            raise ConfigError("the views are of read-only memory, into which nothing is decoded")
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-        results = self._decode(plan, range(len(keys)), keys, pages, views, deadline)
+        if any(codec.kind is Kind.INT and codec.bits < minimum_bits for codec in plan.codecs):
+            results: list[PageError | None] = [_FOREIGN] * len(keys)
+        else:
+            results = self._decode(plan, range(len(keys)), keys, pages, views, deadline)
         foreign: dict[int, tuple[PagePlan, list[int]]] = {}
         for index, result in enumerate(results):
             if result is not _FOREIGN:

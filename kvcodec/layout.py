@@ -220,13 +220,15 @@ class PageViews:
     """Raw pages in somebody's memory: one layout, one set of strides, and a base address per page
     and stream.
 
-    `bases` has shape (pages, streams). `owner` keeps the memory alive. Nothing is copied.
+    `bases` has shape (pages, streams). `owner` keeps the memory alive. Nothing is copied. Nothing
+    is decoded into views that are not `writable`.
     """
 
     layout: PageLayout
     strides: tuple[StreamStrides, ...]
     bases: npt.NDArray[np.uint64]
     owner: object = None
+    writable: bool = True
 
     def __post_init__(self) -> None:
         if self.bases.dtype != np.uint64 or self.bases.ndim != 2:
@@ -249,6 +251,7 @@ class PageViews:
             strides=self.strides,
             bases=np.ascontiguousarray(self.bases[index]),
             owner=self.owner,
+            writable=self.writable,
         )
 
     @classmethod
@@ -271,7 +274,8 @@ class PageViews:
                     f"elements, wanted "
                     f"(pages, {', '.join(map(str, shape))}) of {layout.dtype.itemsize}"
                 )
-            if stream.head_size > 1 and array.strides[4] != array.itemsize:
+            # Of an array of no pages, numpy tells any strides.
+            if min(array.size, stream.head_size - 1) and array.strides[4] != array.itemsize:
                 raise ConfigError(
                     f"rows of the {stream.role.text} array are not contiguous: their stride is "
                     f"{array.strides[4]}"
@@ -290,4 +294,10 @@ class PageViews:
         for column, array in enumerate(arrays):
             address = array.__array_interface__["data"][0]
             bases[:, column] = address + np.arange(len(array)) * array.strides[0]
-        return cls(layout=layout, strides=tuple(strides), bases=bases, owner=tuple(arrays))
+        return cls(
+            layout=layout,
+            strides=tuple(strides),
+            bases=bases,
+            owner=tuple(arrays),
+            writable=all(array.flags.writeable for array in arrays),
+        )
