@@ -9,6 +9,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
 mutants=${1:-20000}
 python=${PYTHON:-python3}
+case $python in */*) python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python") ;; esac
 cxx=${CXX:-g++}
 build=${BUILD:-$(mktemp -d)}
 [ -n "${BUILD:-}" ] || trap 'rm -rf "$build"' EXIT
@@ -54,4 +55,4 @@ fi
 grep -q "ERROR: AddressSanitizer" "$build/control" || { cat "$build/control" >&2; exit 1; }
 
 LD_PRELOAD="$runtime" "$python" -m pytest -q -p no:cacheprovider --rootdir "$root" \
-  -c "$root/pyproject.toml" "$root/tests/test_mutants.py" -k "native or flipped"
+  -c "$root/pyproject.toml" -o timeout=0 "$root/tests/test_mutants.py" -k "native or flipped"
