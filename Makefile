@@ -21,7 +21,8 @@ PYTHON_ENV := $(VENV)/stamp-python
 INSTALLED := $(VENV)/stamp-installed
 SGLANG := $(VENV)/stamp-sglang
 
-.PHONY: help setup sglang demo test check lint types pytest native-test dist clean distclean
+.PHONY: help setup sglang demo test check lint types pytest native-test \
+  bench bench-controller quality dist clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -58,6 +59,23 @@ native-test: $(INSTALLED)  ## libkvcodec under sanitizers, without Python; warni
 	build/address/driver all
 	build/thread/driver threads
 	build/thread/driver compare 30
+
+bench: $(INSTALLED)  ## codec speed against memcpy, every codec and instruction set: 15 minutes, quiet machine
+	mkdir -p docs/measurements
+	$(BIN)/kvcodec bench codec --json > docs/measurements/codec-speed.json
+	$(PIP_INSTALL) --no-warn-conflicts matplotlib
+	$(BIN)/python tools/plot_speed.py docs/measurements/codec-speed.json docs/images/codec-speed.svg
+
+bench-controller: $(SGLANG)  ## tokens per second through SGLang's controller, beside its file backend
+	mkdir -p docs/measurements build
+	$(BIN)/python -W ignore tools/bench_controller.py --directory build \
+	  --json docs/measurements/controller.json
+
+quality: $(INSTALLED)  ## error against size of every preset, on synthetic KV
+	mkdir -p docs/measurements
+	$(PIP_INSTALL) --no-warn-conflicts matplotlib
+	$(BIN)/python tools/codec_quality.py --json docs/measurements/codec-quality.json \
+	  --plot docs/images/codec-quality.svg
 
 dist: $(INSTALLED)  ## sdist and wheel in dist/
 	$(BIN)/python -m build --no-isolation
