@@ -115,16 +115,24 @@ class UndecodedPage(PageError):
 
 
 class BackendError(KVCodecError):
-    """The store failed."""
+    """The store failed. `label` is a short stable name of the failure, for counters."""
+
+    label = "error"
 
 
 class BackendFull(BackendError):
     """No space, quota or inodes left; reads go on."""
 
+    label = "full"
+
 
 class BackendReadOnly(BackendError):
     """The store cannot be written; reads go on."""
 
+    label = "read_only"
+
 
 class BackendTimeout(BackendError, TimeoutError):
     """The deadline passed before the store answered."""
+
+    label = "timeout"

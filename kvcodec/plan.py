@@ -1,4 +1,6 @@
-"""Plans: where everything lies in the pages of one namespace, codec and key length."""
+"""Plans: where everything lies in the pages of one namespace, codec and key length; and whether
+a spec can be honoured for them.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,13 @@ from kvcodec.format import (
     extension_record,
     pad64,
     section_row,
+    section_stored_bytes,
 )
 from kvcodec.identity import MAX_KEY_BYTES, Namespace, encode_key, layout_record
 from kvcodec.layout import PageLayout
-from kvcodec.spec import SectionCodec
+from kvcodec.spec import CodecSpec, Kind, SectionCodec
 
-__all__ = ["PagePlan"]
+__all__ = ["PagePlan", "check_spec"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -174,3 +177,33 @@ class PagePlan:
 def _checksum_offsets(table_offset: int, section_count: int) -> npt.NDArray[np.uint64]:
     first = table_offset + SECTION.fields["checksum"][1]  # type: ignore[index]
     return (first + np.arange(section_count) * SECTION.itemsize).astype(np.uint64)
+
+
+def check_spec(spec: CodecSpec, layout: PageLayout, minimum_bits: int) -> None:
+    """Raise `ConfigError` for a section that would not shrink, a layer that is not there, or too
+    few bits.
+    """
+    layers = [layer for layer, _, _ in spec.layers]
+    if layers and not any(
+        layout.layer_start <= layer < layout.layer_start + layout.layer_count for layer in layers
+    ):
+        raise ConfigError(
+            f"the layer table names layers {layers[0]} to {layers[-1]}; this rank has "
+            f"{layout.layer_start} to "
+            f"{layout.layer_start + layout.layer_count - 1}"
+        )
+    for index, codec in enumerate(spec.section_codecs(layout)):
+        if codec.kind is Kind.RAW:
+            continue
+        stream = layout.streams[index % len(layout.streams)]
+        stored = section_stored_bytes(layout.dtype, stream, layout.token_count, codec)
+        raw = layout.section_raw_bytes(stream)
+        if stored >= raw:
+            raise ConfigError(
+                f"{codec.text} turns a {stream.role.text} section of {raw} bytes into {stored}: "
+                f"use pages of more than {layout.token_count} tokens, or larger or per-token groups"
+            )
+        if codec.bits < minimum_bits:
+            raise ConfigError(
+                f"minimum_bits is {minimum_bits}, but the spec itself stores {codec.text}"
+            )

@@ -19,18 +19,13 @@ import numpy as np
 from kvcodec.backend import Backend, GetResult, PutResult, open_backend
 from kvcodec.codec import Codec
 from kvcodec.errors import (
-    BackendError,
-    BackendFull,
-    BackendReadOnly,
-    BackendTimeout,
     ConfigError,
     PageError,
 )
-from kvcodec.format import section_stored_bytes
 from kvcodec.identity import MAX_KEY_BYTES, Namespace, encode_key
 from kvcodec.layout import PageLayout, PageViews
-from kvcodec.plan import PagePlan
-from kvcodec.spec import CodecSpec, Kind
+from kvcodec.plan import PagePlan, check_spec
+from kvcodec.spec import CodecSpec
 from kvcodec.transfer import Chunk, Transfer
 from kvcodec.workers import Buffers, Counters, IOThreads
 
@@ -152,7 +147,7 @@ class PageStore:
         self._plans: dict[tuple[str, int], PagePlan] = {}
         self._rewrite: OrderedDict[str, None] = OrderedDict()
         for checked in (spec, self.protected_spec):
-            _check_spec(checked, self.layout, pipeline.options.minimum_bits)
+            check_spec(checked, self.layout, pipeline.options.minimum_bits)
         self._row_bytes = max(self.plan(which, MAX_KEY_BYTES).page_bytes for which in self._specs)
         if 2 * self._row_bytes > pipeline.options.buffer_bytes:
             raise ConfigError(
@@ -224,7 +219,7 @@ class PageStore:
         def settle(chunk: Chunk, answers: list[PutResult] | None) -> None:
             for index, error in zip(chunk.indices, answers or [], strict=False):
                 results[index] = error is None
-                self._count("backup.stored" if error is None else f"backup.{_label(error)}")
+                self._count("backup.stored" if error is None else f"backup.{error.label}")
                 if error is None:
                     self._rewrite.pop(names[index], None)
 
@@ -269,7 +264,7 @@ class PageStore:
                 elif isinstance(answer, int):
                     self._reject(names[chunk.indices[row]], "corrupt:length", heal=True)
                 else:
-                    self._count("prefetch.miss" if answer is None else f"prefetch.{_label(answer)}")
+                    self._count("prefetch.miss" if answer is None else f"prefetch.{answer.label}")
             if not read:
                 return
             indices = [index for index, _ in read]
@@ -417,45 +412,3 @@ def open_store(
     """A page store on a pipeline of its own, from a store URL. Close the pipeline when done."""
     pipeline = Pipeline(open_backend(url), options)
     return pipeline, PageStore(pipeline, namespace, spec)
-
-
-def _label(error: BackendError) -> str:
-    """Short name of a backend's answer, for a counter."""
-    for kind, label in (
-        (BackendTimeout, "timeout"),
-        (BackendFull, "full"),
-        (BackendReadOnly, "read_only"),
-    ):
-        if isinstance(error, kind):
-            return label
-    return "error"
-
-
-def _check_spec(spec: CodecSpec, layout: PageLayout, minimum_bits: int) -> None:
-    """Raise `ConfigError` for a section that would not shrink, a layer that is not there, or too
-    few bits.
-    """
-    layers = [layer for layer, _, _ in spec.layers]
-    if layers and not any(
-        layout.layer_start <= layer < layout.layer_start + layout.layer_count for layer in layers
-    ):
-        raise ConfigError(
-            f"the layer table names layers {layers[0]} to {layers[-1]}; this rank has "
-            f"{layout.layer_start} to "
-            f"{layout.layer_start + layout.layer_count - 1}"
-        )
-    for index, codec in enumerate(spec.section_codecs(layout)):
-        if codec.kind is Kind.RAW:
-            continue
-        stream = layout.streams[index % len(layout.streams)]
-        stored = section_stored_bytes(layout.dtype, stream, layout.token_count, codec)
-        raw = layout.section_raw_bytes(stream)
-        if stored >= raw:
-            raise ConfigError(
-                f"{codec.text} turns a {stream.role.text} section of {raw} bytes into {stored}: "
-                f"use pages of more than {layout.token_count} tokens, or larger or per-token groups"
-            )
-        if codec.bits < minimum_bits:
-            raise ConfigError(
-                f"minimum_bits is {minimum_bits}, but the spec itself stores {codec.text}"
-            )
