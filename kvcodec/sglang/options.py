@@ -37,7 +37,7 @@ SGLANG_OPTIONS = frozenset(
     }
 )
 
-STORE_OPTIONS = frozenset(field.name for field in fields(StoreOptions))
+_STORE_OPTIONS = frozenset(field.name for field in fields(StoreOptions))
 
 _OWN_OPTIONS = frozenset(
     {
@@ -51,7 +51,7 @@ _OWN_OPTIONS = frozenset(
     }
 )
 
-KNOWN_OPTIONS = _OWN_OPTIONS | SPEC_OPTIONS | STORE_OPTIONS
+KNOWN_OPTIONS = _OWN_OPTIONS | SPEC_OPTIONS | _STORE_OPTIONS
 
 _MAX_PROTECTED_TOKENS = 1 << 24
 
@@ -167,7 +167,7 @@ def _tokens(name: str, extra: Mapping[str, object]) -> int:
 
 def _store_options(extra: Mapping[str, object]) -> StoreOptions:
     """`buffer_bytes` may be a text such as ``"256MiB"``."""
-    chosen = _subset(extra, STORE_OPTIONS)
+    chosen = _subset(extra, _STORE_OPTIONS)
     if isinstance(chosen.get("buffer_bytes"), str):
         chosen["buffer_bytes"] = parse_byte_count("buffer_bytes", str(chosen["buffer_bytes"]))
     return StoreOptions(**chosen)  # type: ignore[arg-type]

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-KV = "kv"
+_KV = "kv"
 #: Pools beside which the KV pool holds some of the model's layers only, numbered anew.
 _HYBRID_POOLS = frozenset({"swa", "auxiliary_swa", "mamba"})
 
@@ -96,7 +96,7 @@ class KVCodecStorage(HiCacheStorage):
     def register_mem_pool_host(self, mem_pool_host: object) -> None:
         """Take the pool of the KV rows. Raises `ConfigError` for a pool that cannot be served."""
         self.mem_pool_host = mem_pool_host
-        self._register(KV, mem_pool_host)
+        self._register(_KV, mem_pool_host)
 
     def register_mem_host_pool_v2(self, host_pool: object, host_pool_name: object) -> None:
         """Take a pool by name: that of the KV rows, or one beside it."""
@@ -111,7 +111,7 @@ class KVCodecStorage(HiCacheStorage):
                 "the layers of each pool anew"
             )
         if is_logical(pool):
-            self._is_logical = self._is_logical or name == KV
+            self._is_logical = self._is_logical or name == _KV
         else:
             self._pools[name] = open_pool(name, pool, self._pipeline, self._topology, self._options)
         self._registered[name] = pool
@@ -144,7 +144,7 @@ class KVCodecStorage(HiCacheStorage):
         """Read KV pages into the host pool; True where a page is there now."""
         del extra_info
         return self._answer(
-            "batch_get_v1", [False] * len(keys), lambda: self._prefetch(KV, keys, host_indices)
+            "batch_get_v1", [False] * len(keys), lambda: self._prefetch(_KV, keys, host_indices)
         )
 
     def batch_set_v1(
@@ -157,19 +157,19 @@ class KVCodecStorage(HiCacheStorage):
         return self._answer(
             "batch_set_v1",
             [False] * len(keys),
-            lambda: self._backup(KV, keys, host_indices, extra_info),
+            lambda: self._backup(_KV, keys, host_indices, extra_info),
         )
 
     def exists(self, key: str) -> bool:
         """Whether a KV page is stored."""
-        return self._answer("exists", False, lambda: self._exists(KV, [key])[0])
+        return self._answer("exists", False, lambda: self._exists(_KV, [key])[0])
 
     def batch_exists(
         self, keys: list[str], extra_info: HiCacheStorageExtraInfo | None = None
     ) -> int:
         """How many KV pages from the first on are stored without a gap."""
         del extra_info
-        return self._answer("batch_exists", 0, lambda: leading_run(self._exists(KV, keys)))
+        return self._answer("batch_exists", 0, lambda: leading_run(self._exists(_KV, keys)))
 
     # The many-pool interface, v2.
 
@@ -181,7 +181,7 @@ class KVCodecStorage(HiCacheStorage):
     ) -> PoolTransferResult:
         """Which prefixes can be restored, all pools considered."""
         del extra_info
-        nothing = restorable_prefixes(0, (), KV)
+        nothing = restorable_prefixes(0, (), _KV)
         found = self._answer(
             "batch_exists_v2", nothing, lambda: self._restorable(keys, pool_transfers or [])
         )
@@ -291,13 +291,13 @@ class KVCodecStorage(HiCacheStorage):
         return pool
 
     def _exists(self, name: str, keys: Sequence[str]) -> list[bool]:
-        if name == KV and self._is_logical:
+        if name == _KV and self._is_logical:
             return [True] * len(keys)
         pool = self._find(name)
         return [False] * len(keys) if pool is None else pool.store.exists(keys)
 
     def _prefetch(self, name: str, keys: Sequence[str], host_indices: torch.Tensor) -> list[bool]:
-        if name == KV and self._is_logical:
+        if name == _KV and self._is_logical:
             return [True] * len(keys)
         pool = self._find(name)
         if pool is None or not keys:
@@ -310,7 +310,7 @@ class KVCodecStorage(HiCacheStorage):
     def _backup(
         self, name: str, keys: Sequence[str], host_indices: torch.Tensor, extra_info: object
     ) -> list[bool]:
-        if name == KV and self._is_logical:
+        if name == _KV and self._is_logical:
             return [True] * len(keys)
         pool = self._find(name)
         if pool is None or not keys:
@@ -341,7 +341,7 @@ class KVCodecStorage(HiCacheStorage):
         return [position + i < head or i >= count - tail for i in range(count)]
 
     def _restorable(self, keys: Sequence[str], transfers: Sequence[PoolTransfer]) -> Restorable:
-        kv_pages = leading_run(self._exists(KV, keys))
+        kv_pages = leading_run(self._exists(_KV, keys))
         pools = [
             PoolHits(
                 transfer.name,
@@ -351,7 +351,7 @@ class KVCodecStorage(HiCacheStorage):
             )
             for transfer in transfers
         ]
-        return restorable_prefixes(kv_pages, pools, KV)
+        return restorable_prefixes(kv_pages, pools, _KV)
 
     def _flat_views(
         self, pool: PoolPages, keys: Sequence[str], pages: object, operation: str
@@ -366,7 +366,7 @@ class KVCodecStorage(HiCacheStorage):
         return views
 
     def _get_flat(self, keys: Sequence[str], pages: object) -> list[torch.Tensor | None]:
-        pool = self._find(KV)
+        pool = self._find(_KV)
         views = None if pool is None else self._flat_views(pool, keys, pages, "batch_get")
         if pool is None or views is None or not isinstance(pages, Sequence):
             return [None] * len(keys)
@@ -374,7 +374,7 @@ class KVCodecStorage(HiCacheStorage):
         return [page if there else None for page, there in zip(pages, found, strict=True)]
 
     def _set_flat(self, keys: Sequence[str], pages: object) -> bool:
-        pool = self._find(KV)
+        pool = self._find(_KV)
         if pool is not None and not pool.is_writer:
             return True
         views = None if pool is None else self._flat_views(pool, keys, pages, "batch_set")
