@@ -260,6 +260,24 @@ def test_least_disturbed_samples_make_up_for_too_few():
     assert set(case.chosen(2)) == {3, 4, 5, 6, 7}
 
 
+def test_no_traffic_leaves_its_memory():
+    layout = layout_of("qwen2.5-7b", 1)
+    memory = Memory.allocate(layout, 4 * layout.raw_bytes, 2 * layout.raw_bytes)
+    last, page_bytes = memory.chunk_count - 1, layout.raw_bytes + 1600
+    with pytest.raises(AssertionError):
+        memory.ranges(last, memory.source, layout.raw_bytes, memory.decoded, page_bytes)
+    ranges = memory.ranges(last, memory.source, layout.raw_bytes, memory.streamed, page_bytes)
+    end = int(ranges["target"][-1]) + page_bytes
+    assert end <= memory.streamed.ctypes.data + len(memory.streamed)
+
+
+def test_codec_that_makes_pages_far_larger_is_refused(capsys):
+    words = ["--codecs", "int8-channel-asym-g1", "--page-tokens", "1", "--isas", "scalar"]
+    code, _, err = run_text(capsys, "bench", "codec", *SMALL, *words)
+    assert code == 1
+    assert "--page-tokens" in err
+
+
 @pytest.mark.parametrize("axes", list(bench_memory.AXES))
 def test_views_show_the_same_memory_in_another_order(axes):
     layout = layout_of("qwen2.5-7b", 1)

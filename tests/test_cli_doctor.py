@@ -17,7 +17,6 @@ from fake_backend import FakeBackend
 from kvcodec import native, reference
 from kvcodec.cli import doctor, stores
 from kvcodec.errors import BackendError, BackendReadOnly, NativeError
-from kvcodec.native import _library
 
 
 def by_name(document: Any) -> dict[str, Any]:
@@ -163,8 +162,9 @@ def test_missing_library_is_one_failure_among_checks(capsys, monkeypatch):
     def missing():
         raise NativeError("libkvcodec.so cannot be loaded")
 
-    monkeypatch.setattr(_library, "library", missing)
-    monkeypatch.setattr(native, "library", missing)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("kvcodec.native") and hasattr(module, "library"):
+            monkeypatch.setattr(module, "library", missing)
     code, document, _ = run_json(capsys, "doctor")
     assert code == 4
     checks = by_name(document)

@@ -32,6 +32,8 @@ AXES: Mapping[str, tuple[int, int, int, int, int]] = {
 
 _SEED = 20240229
 _DISTINCT_BYTES = 16 << 20
+#: More than the header of any page here. A page that is not shrunk grows by it.
+_HEADER_ROOM = 1 << 16
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -54,6 +56,8 @@ def layout_of(geometry: str, page_tokens: int) -> PageLayout:
 class Memory:
     """Pages in three places, all touched beforehand: `source`, `decoded` and `encoded`.
 
+    `streamed` is `decoded` with some room behind it: where a stream writes as much as an encoder.
+
     Pages are worked on in chunks, one after the other in a circle, so that a chunk has left the
     caches when its turn comes again.
     """
@@ -62,7 +66,7 @@ class Memory:
     page_count: int
     chunk_pages: int
     source: Bytes
-    decoded: Bytes
+    streamed: Bytes
     encoded: Bytes
 
     @classmethod
@@ -72,21 +76,25 @@ class Memory:
         chunks = max(2, -(-working_set_bytes // (chunk_pages * layout.raw_bytes)))
         page_count = chunks * chunk_pages
         size = page_count * layout.raw_bytes
-        # Pages never grow by more than their header; see CodecSpec's checks.
-        encoded_bytes = size + page_count * (1 << 16)
-        wanted = 2 * size + encoded_bytes
+        encoded_bytes = size + page_count * _HEADER_ROOM
+        wanted = size + 2 * encoded_bytes
         if wanted > available_bytes():
             raise ConfigError(
                 f"a working set of {size >> 20} MiB needs {wanted >> 20} MiB of memory and "
                 f"{available_bytes() >> 20} MiB are free: choose a smaller --working-set-mb"
             )
         buffers = Buffers(wanted)
-        source, decoded = buffers.acquire(size, 0), buffers.acquire(size, 0)
-        encoded = buffers.acquire(encoded_bytes, 0)
-        assert source is not None and decoded is not None and encoded is not None
-        decoded.fill(0)
+        source = buffers.acquire(size, 0)
+        streamed, encoded = buffers.acquire(encoded_bytes, 0), buffers.acquire(encoded_bytes, 0)
+        assert source is not None and streamed is not None and encoded is not None
+        streamed.fill(0)
         encoded.fill(0)
-        return cls(layout, page_count, chunk_pages, source, decoded, encoded)
+        return cls(layout, page_count, chunk_pages, source, streamed, encoded)
+
+    @property
+    def decoded(self) -> Bytes:
+        """Raw pages, as `source` holds them."""
+        return self.streamed[: len(self.source)]
 
     @property
     def chunk_count(self) -> int:
@@ -115,14 +123,20 @@ class Memory:
 
     def slots(self, page_bytes: int) -> list[Bytes]:
         """The encoded pages, one behind the other."""
-        return [
-            self.encoded[at * page_bytes : (at + 1) * page_bytes] for at in range(self.page_count)
-        ]
+        if page_bytes * self.page_count > len(self.encoded):
+            raise ConfigError(
+                f"this codec makes {page_bytes} bytes of a page of {self.layout.raw_bytes}: use "
+                "another one, or a larger --page-tokens"
+            )
+        starts = range(0, page_bytes * self.page_count, page_bytes)
+        return [self.encoded[start : start + page_bytes] for start in starts]
 
     def ranges(
         self, chunk: int, source: Bytes, read_bytes: int, target: Bytes, write_bytes: int
     ) -> npt.NDArray[np.void]:
         """The traffic of the pages of a chunk, for `run_traffic`."""
+        end = self.pages_of(chunk).stop
+        assert end * read_bytes <= len(source) and end * write_bytes <= len(target)
         pages = np.arange(self.page_count, dtype=np.uint64)[self.pages_of(chunk)]
         ranges = np.zeros(len(pages), RANGE)
         ranges["source"] = np.uint64(_address(source)) + pages * np.uint64(read_bytes)
