@@ -53,9 +53,12 @@ _ArgumentError: type[Exception] = next(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        write_line(sys.stdout, f"kvcodec {version('kvcodec')}")
+        try:
+            write_line(sys.stdout, f"kvcodec {version('kvcodec')}")
+        except PackageNotFoundError as error:
+            raise ConfigError("kvcodec is not installed, so it has no version") from error
         raise typer.Exit
 
 
