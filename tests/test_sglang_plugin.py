@@ -210,6 +210,12 @@ def test_prefix_keys_are_told_only_to_who_asks():
     plugin._tell_prefix_keys("of another release")
 
 
+def test_trouble_names_the_place_and_the_cause():
+    assert plugin._trouble("os.path.join") == ""
+    assert plugin._trouble("os.path.nothing").startswith("no os.path.nothing (AttributeError")
+    assert "ModuleNotFoundError" in plugin._trouble("nowhere.at.all")
+
+
 @pytest.mark.parametrize(
     ("version", "tested"),
     [
@@ -229,7 +235,8 @@ def test_range_of_tested_releases(version: str, tested: bool):
 def test_sglang_without_a_place_for_us_gets_one_error_with_the_way_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.setattr(plugin, "_is_there", lambda place: place != plugin._CREATE)
+    create = plugin._CREATE
+    monkeypatch.setattr(plugin, "_trouble", lambda place: f"no {place}" * (place == create))
     monkeypatch.setattr(plugin, "_sglang_version", lambda: "0.9.1")
     monkeypatch.setattr(plugin, "_register_hooks", lambda: pytest.fail("half a registration"))
     with caplog.at_level(logging.INFO):
@@ -244,7 +251,7 @@ def test_newer_sglang_gets_one_warning_and_the_hooks(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     registered = []
-    monkeypatch.setattr(plugin, "_is_there", lambda place: True)
+    monkeypatch.setattr(plugin, "_trouble", lambda place: "")
     monkeypatch.setattr(plugin, "_sglang_version", lambda: "0.6.0")
     monkeypatch.setattr(plugin, "_register_hooks", lambda: registered.append(True))
     with caplog.at_level(logging.INFO):

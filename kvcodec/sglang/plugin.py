@@ -60,13 +60,13 @@ class _Controller(Protocol):
 def register() -> None:
     """Entry point. Never raises: SGLang would skip the plugin and call the option invalid."""
     found = _sglang_version()
-    missing = [place for place in (_ADD_CLI_ARGS, _CREATE) if not _is_there(place)]
-    if missing:
+    trouble = [text for text in (_trouble(_ADD_CLI_ARGS), _trouble(_CREATE)) if text]
+    if trouble:
         logger.error(
-            "kvcodec cannot add itself to SGLang %s, which has no %s (tried with %s to %s); %s",
+            "kvcodec cannot add itself to SGLang %s (tried with %s to %s): %s; %s",
             found,
-            " and no ".join(missing),
             *TESTED_VERSIONS,
+            "; ".join(trouble),
             _WAY_OUT,
         )
         return
@@ -87,16 +87,16 @@ def _register_hooks() -> None:
     StorageBackendFactory.register_backend(BACKEND_NAME, "kvcodec.sglang.storage", "KVCodecStorage")
     _hook(_ADD_CLI_ARGS, _add_choice, HookType.AFTER)
     _hook(_CREATE, _create, HookType.AROUND)
-    if _is_there(_ATTACH):
-        _hook(_ATTACH, _attach, HookType.AROUND)
-    else:
+    trouble = _trouble(_ATTACH)
+    if trouble:
         logger.warning(
-            "kvcodec: this SGLang has no %s; pages are copied once more, and the kind of fp8 in a "
-            "pool is not known",
-            _ATTACH,
+            "kvcodec: %s; pages are copied once more, and the kind of fp8 in a pool is not known",
+            trouble,
         )
+    else:
+        _hook(_ATTACH, _attach, HookType.AROUND)
     for place in _PARSERS:
-        if _is_there(place):
+        if not _trouble(place):
             _hook(place, _tell_prefix_keys, HookType.AFTER)
 
 
@@ -106,13 +106,14 @@ def _hook(place: str, hook: Callable[..., object], kind: HookType) -> None:
     HookRegistry.register(place, hook, kind)
 
 
-def _is_there(place: str) -> bool:
+def _trouble(place: str) -> str:
+    """Why a dotted name cannot be had, empty if it can."""
     try:
         pkgutil.resolve_name(place)
     # Importing a module of another release, or for another device, may end in any way.
-    except Exception:  # noqa: BLE001
-        return False
-    return True
+    except Exception as error:  # noqa: BLE001
+        return f"no {place} ({type(error).__name__}: {error})"
+    return ""
 
 
 def _sglang_version() -> str:
