@@ -200,6 +200,12 @@ def test_attachment_notes_dtypes_and_chooses_pages_in_place(backend: str, functi
     assert controller.page_get_func == controller.page_set_func == function
 
 
+def test_attachment_of_a_controller_unlike_any_we_know_goes_on():
+    controller = SimpleNamespace(storage_backend_type="file", mem_pool_host=1, mem_pool_device=2)
+    controller.mem_pool_device = SimpleNamespace(dtype="torch.bfloat16")
+    assert plugin._attach(lambda controller: "attached", controller) == "attached"
+
+
 def test_prefix_keys_are_told_only_to_who_asks():
     for extra in ({"sink_tokens": 4}, {"other": 4}):
         for passes in (True, False):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -80,6 +81,34 @@ def test_leading_run_ends_at_the_first_gap():
     assert leading_run([False, True]) == 0
     assert leading_run([True, True, False, True]) == 2
     assert leading_run([True]) == 1
+
+
+def test_long_prompts_are_asked_in_parts_and_not_beyond_a_gap(
+    backend: FakeBackend, open_storage: Opener, monkeypatch: pytest.MonkeyPatch
+):
+    from kvcodec.sglang import storage as module
+
+    monkeypatch.setattr(module, "_QUESTION_PAGES", 2)
+    storage = open_storage(fake_pool("mha", "page_first"))
+    storage.batch_set_v1(KEYS, slots_of(*range(PAGE_COUNT)))
+    backend.calls.clear()
+    absent = [f"absent {index}" for index in range(100)]
+    assert storage.batch_exists(KEYS + absent) == PAGE_COUNT
+    assert backend.calls == [("exists", 2)] * (PAGE_COUNT // 2 + 1)
+
+
+def test_store_that_is_slow_to_answer_is_not_asked_for_ever(
+    backend: FakeBackend, open_storage: Opener, monkeypatch: pytest.MonkeyPatch
+):
+    from kvcodec.sglang import storage as module
+
+    monkeypatch.setattr(module, "_QUESTION_PAGES", 1)
+    storage = open_storage(fake_pool("mha", "page_first"), exists_timeout_seconds=0.3)
+    storage.batch_set_v1(KEYS, slots_of(*range(PAGE_COUNT)))
+    backend.hook = lambda operation, names: time.sleep(0.2)
+    backend.calls.clear()
+    assert storage.batch_exists_v2(KEYS * 50).kv_hit_pages <= 2
+    assert len(backend.calls) <= 3
 
 
 # --- nothing raises, nothing is claimed that is not so

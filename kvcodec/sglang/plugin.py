@@ -162,12 +162,11 @@ def _attach(
     """Around the attachment: note beforehand what each pool's elements mean, because host pools
     hold fp8 as plain bytes; afterwards let pages be read and written in place.
     """
-    note_logical_dtype(controller.mem_pool_host, controller.mem_pool_device)
-    anchor = getattr(controller, "storage_host_pool", None)
-    if anchor is not None:
-        note_logical_dtype(anchor, controller.mem_pool_device)
-    for entry in getattr(controller.mem_pool_host, "entries", None) or ():
-        note_logical_dtype(entry.host_pool, getattr(entry, "device_pool", None))
+    try:
+        _note_dtypes(controller)
+    # Another backend's attachment must not fail because of us; ours then finds plain bytes.
+    except Exception as error:  # noqa: BLE001
+        logger.warning("kvcodec: what the pools hold could not be seen: %r", error)
     result = original(controller, *args, **kwargs)
     if controller.storage_backend_type == BACKEND_NAME:
         get = getattr(controller, "_page_get_zero_copy", None)
@@ -175,6 +174,13 @@ def _attach(
         if get is not None and put is not None:
             controller.page_get_func, controller.page_set_func = get, put
     return result
+
+
+def _note_dtypes(controller: _Controller) -> None:
+    anchor = getattr(controller, "storage_host_pool", controller.mem_pool_host)
+    note_logical_dtype(anchor, controller.mem_pool_device)
+    for entry in getattr(controller.mem_pool_host, "entries", None) or ():
+        note_logical_dtype(entry.host_pool, getattr(entry, "device_pool", None))
 
 
 def _tell_prefix_keys(result: object, *_: object, **__: object) -> None:

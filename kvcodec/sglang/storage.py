@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _KV = "kv"
+#: Pages asked for at once.
+_QUESTION_PAGES = 256
 #: Pools beside which the KV pool holds some of the model's layers only, numbered anew.
 _HYBRID_POOLS = frozenset({"swa", "auxiliary_swa", "mamba"})
 
@@ -162,14 +164,14 @@ class KVCodecStorage(HiCacheStorage):
 
     def exists(self, key: str) -> bool:
         """Whether a KV page is stored."""
-        return self._answer("exists", False, lambda: self._exists(_KV, [key])[0])
+        return self._answer("exists", False, lambda: self._exists(_KV, [key], until_gap=True)[0])
 
     def batch_exists(
         self, keys: list[str], extra_info: HiCacheStorageExtraInfo | None = None
     ) -> int:
         """How many KV pages from the first on are stored without a gap."""
         del extra_info
-        return self._answer("batch_exists", 0, lambda: leading_run(self._exists(_KV, keys)))
+        return self._answer("batch_exists", 0, lambda: self._kv_run(keys))
 
     # The many-pool interface, v2.
 
@@ -290,11 +292,21 @@ class KVCodecStorage(HiCacheStorage):
             self._refused(f"unknown_pool:{name}")
         return pool
 
-    def _exists(self, name: str, keys: Sequence[str]) -> list[bool]:
+    def _exists(self, name: str, keys: Sequence[str], *, until_gap: bool) -> list[bool]:
+        """Which pages are stored. A long list is asked in parts: what follows a gap is of no
+        interest to who looks for a prefix, and what cannot be asked in time counts as absent.
+        """
         if name == _KV and self._is_logical:
             return [True] * len(keys)
         pool = self._find(name)
-        return [False] * len(keys) if pool is None else pool.store.exists(keys)
+        found: list[bool] = []
+        end = time.monotonic() + self._options.store.exists_timeout_seconds
+        while pool is not None and len(found) < len(keys):
+            part = pool.store.exists(keys[len(found) : len(found) + _QUESTION_PAGES])
+            found += part
+            if (until_gap and False in part) or time.monotonic() > end:
+                break
+        return found + [False] * (len(keys) - len(found))
 
     def _prefetch(self, name: str, keys: Sequence[str], host_indices: torch.Tensor) -> list[bool]:
         if name == _KV and self._is_logical:
@@ -341,17 +353,19 @@ class KVCodecStorage(HiCacheStorage):
         return [position + i < head or i >= count - tail for i in range(count)]
 
     def _restorable(self, keys: Sequence[str], transfers: Sequence[PoolTransfer]) -> Restorable:
-        kv_pages = leading_run(self._exists(_KV, keys))
-        pools = [
-            PoolHits(
-                transfer.name,
-                _name(transfer.hit_policy),
-                max(1, len(transfer.keys or ())),
-                self._exists(_name(transfer.name), keys[:kv_pages]) if kv_pages else [],
+        kv_pages = self._kv_run(keys)
+        pools = []
+        for transfer in transfers:
+            policy = _name(transfer.hit_policy)
+            present = self._exists(
+                _name(transfer.name), keys[:kv_pages], until_gap=policy == "all_pages"
             )
-            for transfer in transfers
-        ]
+            window = max(1, len(transfer.keys or ()))
+            pools.append(PoolHits(transfer.name, policy, window, present))
         return restorable_prefixes(kv_pages, pools, _KV)
+
+    def _kv_run(self, keys: Sequence[str]) -> int:
+        return leading_run(self._exists(_KV, keys, until_gap=True))
 
     def _flat_views(
         self, pool: PoolPages, keys: Sequence[str], pages: object, operation: str
