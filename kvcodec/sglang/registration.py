@@ -26,6 +26,17 @@ logger = logging.getLogger(__name__)
 _CODEC_POOLS = frozenset({"kv", "swa", "auxiliary_swa", "draft", "draft_swa"})
 _DRAFT_POOLS = frozenset({"draft", "draft_swa"})
 _FEW_TOKENS = 16
+#: What gives the bytes of a flat page their meaning, in the pools that have it.
+_STATE_ATTRIBUTES = (
+    "layer_num",
+    "num_mamba_layers",
+    "temporal_dtype",
+    "temporal_state_shape",
+    "conv_dtype",
+    "conv_state_shapes",
+    "item_bytes",
+    "indexer_dtype",
+)
 
 
 def open_pool(
@@ -99,6 +110,8 @@ def _pool_fields(name: str, pool: object, geometry: PoolGeometry | None) -> dict
     }
     if geometry is None:
         fields["flat"] = f"{type(pool).__name__}/{getattr(pool, 'layout', None)}"
+        known = [name for name in _STATE_ATTRIBUTES if hasattr(pool, name)]
+        fields["state"] = " ".join(f"{name}={getattr(pool, name)}" for name in known)
     return fields
 
 
