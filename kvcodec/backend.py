@@ -137,7 +137,7 @@ def parse_byte_count(name: str, text: str) -> int:
 
 def parse_options(url: str, allowed: Sequence[str]) -> tuple[SplitResult, dict[str, str]]:
     """Split a store URL; unknown or repeated query options raise `ConfigError`."""
-    parts = urlsplit(url)
+    parts = _split(url)
     options: dict[str, str] = {}
     for name, value in parse_qsl(parts.query, keep_blank_values=True):
         if name not in allowed:
@@ -150,9 +150,16 @@ def parse_options(url: str, allowed: Sequence[str]) -> tuple[SplitResult, dict[s
     return parts, options
 
 
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError as error:
+        raise ConfigError(f"{url!r} is not a URL: {error}") from error
+
+
 def open_backend(url: str) -> Backend:
     """Open the store a URL names, through the entry point registered for its scheme."""
-    scheme = urlsplit(url).scheme
+    scheme = _split(url).scheme
     entries = {entry.name: entry for entry in entry_points(group="kvcodec.backends")}
     if scheme not in entries:
         known = (

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 
+from kvcodec.backend import open_backend
 from kvcodec.errors import BackendFull, ConfigError
 from kvcodec.format import EncodedPage
 from kvcodec.identity import Identity, Namespace
@@ -485,3 +486,11 @@ def test_open_store_opens_the_backend_of_a_url() -> None:
     assert all(store.backup(keys_of(2), views))
     assert store.exists(keys_of(3)) == [True, True, False]
     pipeline.close()
+
+
+def test_a_malformed_url_is_a_config_error() -> None:
+    """What urllib cannot split is told apart from what no backend serves."""
+    with pytest.raises(ConfigError, match="is not a URL"):
+        open_backend("file://[x")
+    with pytest.raises(ConfigError, match="no backend for the URL 'nowhere://x'"):
+        open_backend("nowhere://x")

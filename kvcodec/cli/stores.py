@@ -19,12 +19,7 @@ _LOOKUP_BATCH = 64
 @contextmanager
 def opened(url: str) -> Iterator[Backend]:
     """The store of a URL, closed afterwards. Raises `ConfigError` for a URL that names none."""
-    try:
-        backend = open_backend(url)
-    except ConfigError:
-        raise
-    except ValueError as error:  # brackets that do not match, a port that is no number
-        raise ConfigError(f"{url!r} is not a URL: {error}") from error
+    backend = open_backend(url)
     try:
         yield backend
     finally:
