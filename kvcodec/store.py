@@ -314,7 +314,9 @@ class PageStore:
         backend, timeout = self._pipeline.backend, self._pipeline.options.exists_timeout_seconds
         answer = self._pipeline.io.call(
             lambda: self._pipeline.guarded(
-                "exists", lambda: backend.exists(names, timeout_seconds=timeout)
+                # A little less than the caller waits, so that a partial answer still arrives.
+                "exists",
+                lambda: backend.exists(names, timeout_seconds=0.9 * timeout),
             ),
             None,
             timeout,
