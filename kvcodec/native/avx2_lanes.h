@@ -131,9 +131,11 @@ KVC_INLINE bool load_column_parameters(const uint8_t* source, uint32_t channels,
 
 // ---- codes
 
+struct WordJoiner {};
+
 // Eight, four or sixteen codes of a channel -> its word. The low 16 bits of each vector hold nothing but the code.
 template <uint32_t kBits>
-KVC_INLINE Dwords join_word(const Dwords* q) {
+KVC_INLINE Dwords join_word(const WordJoiner&, const Dwords* q) {
   constexpr uint32_t kHalf = 16 / kBits;  // codes of half a word
   Dwords half[2];
   for (uint32_t h = 0; h < 2; ++h) {

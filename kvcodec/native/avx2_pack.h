@@ -76,7 +76,7 @@ struct Packer {
   }
 
   // A block of `count` < 64 elements: through buffers of whole blocks.
-  static void encode_tail(const uint8_t* source, uint32_t count, const float* inverse, const float* zero,
+  static KVC_OUTLINE void encode_tail(const uint8_t* source, uint32_t count, const float* inverse, const float* zero,
                           uint8_t* target) {
     alignas(32) uint8_t elements[128] = {};
     alignas(32) uint8_t codes[64 + 32] = {};
@@ -118,26 +118,29 @@ struct Packer {
 template <typename Element, uint32_t kBits, bool kAsymmetric, bool kHalves>
 void quantise_rows(const TokenShape& shape, const TokenChunk& chunk, const float* inverse, const float* zero) {
   using P = Packer<Element, kBits, kAsymmetric, kHalves>;
-  constexpr uint32_t kEntries = 1 + kHalves;  // of a block
-  for (uint32_t r = 0; r < chunk.rows; ++r) {
+  // Copies: a store might change the originals for all the compiler knows.
+  const uint32_t rows = chunk.rows;
+  const uint32_t blocks = shape.blocks;
+  const uint32_t tail = shape.tail;
+  const uint32_t entries = shape.entries;
+  const uint32_t shift = shape.entry_shift;
+  const int64_t ahead = chunk.ahead;
+  const auto entry = [=](uint32_t block) { return kHalves ? 2 * block : block >> shift; };
+  for (uint32_t r = 0; r < rows; ++r) {
     const uint8_t* source = chunk.source[r];
-    const uint8_t* ahead = chunk.ahead[r];
     uint8_t* target = chunk.codes + chunk.index[r] * shape.row_codes;
-    for (uint32_t block = 0; block < shape.blocks; ++block) {
-      _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
-      _mm_prefetch(reinterpret_cast<const char*>(ahead + 64), _MM_HINT_T1);
-      P::encode_block(source, inverse, zero, target);
+    for (uint32_t block = 0; block < blocks; ++block) {
+      prefetch(source, ahead);
+      prefetch(source, ahead + 64);
+      P::encode_block(source, inverse + entry(block), zero + entry(block), target);
       source += 128;
-      ahead += 128;
       target += P::kBlockBytes;
-      inverse += kEntries;
-      zero += kEntries;
     }
-    if (shape.tail != 0) {
-      _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
-      P::encode_tail(source, shape.tail, inverse, zero, target);
-      inverse += kEntries;
-      zero += kEntries;
+    if (tail != 0) {
+      prefetch(source, ahead);
+      P::encode_tail(source, tail, inverse + entry(blocks), zero + entry(blocks), target);
     }
+    inverse += entries;
+    zero += entries;
   }
 }

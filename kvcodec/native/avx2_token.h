@@ -116,9 +116,11 @@ constexpr uint32_t kExtremesBytes = 32;  // of a group in TokenChunk::extremes
 template <typename Extremes, uint32_t kVectors>
 void find_extremes_of_whole(const TokenShape& shape, TokenChunk& chunk) {
   uint8_t* target = chunk.extremes;
-  for (uint32_t r = 0; r < chunk.rows; ++r) {
+  const uint32_t rows = chunk.rows;  // copies: a store might change the originals for all the compiler knows
+  const uint32_t groups = shape.groups;
+  for (uint32_t r = 0; r < rows; ++r) {
     const uint8_t* source = chunk.source[r];
-    for (uint32_t g = 0; g < shape.groups; ++g, source += kVectors * 32, target += kExtremesBytes) {
+    for (uint32_t g = 0; g < groups; ++g, source += kVectors * 32, target += kExtremesBytes) {
       Extremes extremes(load_vector(source));
       for (uint32_t i = 1; i < kVectors; ++i) extremes.add(load_vector(source + i * 32));
       store_aligned(target, extremes.half_reduced());

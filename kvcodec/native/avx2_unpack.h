@@ -81,7 +81,7 @@ KVC_INLINE __m256i table_words(Fp16, __m256 even, __m256 odd) {
 }
 
 template <typename Element>
-__attribute__((noinline)) __m256i table_words_of_any(__m256 even, __m256 odd) {
+KVC_OUTLINE __m256i table_words_of_any(__m256 even, __m256 odd) {
   return table_words(Element{}, tamed<Element>(even), tamed<Element>(odd));
 }
 
@@ -206,7 +206,7 @@ struct ByteReader {
     zero[half] = fold ? _mm256_mul_ps(group.scale, _mm256_set1_ps(-128.0f)) : group.zero;
   }
 
-  __attribute__((noinline)) __m256i decode_exactly(__m128i bytes, bool upper) const {
+  KVC_OUTLINE __m256i decode_exactly(__m128i bytes, bool upper) const {
     const __m256i middle = _mm256_set1_epi32(kAsymmetric ? 0 : 128);
     const __m256i words = _mm256_cvtepu8_epi16(bytes);
     const __m256i codes[2] = {_mm256_and_si256(words, _mm256_set1_epi32(0xFFFF)), _mm256_srli_epi32(words, 16)};
@@ -233,7 +233,7 @@ struct ReaderOf<Element, 8, kAsymmetric, kHalves> {
 // A block of `count` < 64 elements: through buffers of whole blocks.
 // With kStream it is a multiple of 32 bytes. (A normal store to a line that is being streamed costs a thousand cycles.)
 template <uint32_t kBits, bool kStream, typename Reader>
-void decode_tail(const Reader& reader, const uint8_t* source, uint32_t count, uint8_t* target) {
+KVC_OUTLINE void decode_tail(const Reader& reader, const uint8_t* source, uint32_t count, uint8_t* target) {
   const uint32_t bytes = (count + 8 / kBits - 1) / (8 / kBits);
   alignas(32) uint8_t packed[64] = {};
   alignas(32) uint8_t codes[64 + 32] = {};
@@ -252,19 +252,47 @@ void decode_tail(const Reader& reader, const uint8_t* source, uint32_t count, ui
   for (uint32_t i = 0; i < count * 2; i += kVectorBytes) copy_vector<true>(target + i, elements + i);
 }
 
+// Whole groups of `kPerGroup` blocks and nothing else: what most models have.
+template <typename Reader, uint32_t kPerGroup, bool kStream>
+KVC_INLINE void decode_whole_groups(Reader reader, uint32_t groups, const uint8_t* codes, uint8_t* target) {
+  for (uint32_t group = 0; group < groups; ++group) {
+    reader.load(group, groups);
+    for (uint32_t block = 0; block < kPerGroup; ++block) {
+      reader.template decode_block<kStream>(codes, target);
+      codes += Reader::kBlockBytes;
+      target += 128;
+    }
+  }
+}
+
 template <typename Element, uint32_t kBits, bool kAsymmetric, bool kHalves, bool kStream>
 void decode_rows(const TokenShape& shape, const TokenTargets& rows) {
   using Reader = typename ReaderOf<Element, kBits, kAsymmetric, kHalves>::Type;
   const uint32_t per_group = kHalves ? 1 : (shape.group + kBlock - 1) / kBlock;  // blocks
-  for (uint32_t r = 0; r < rows.rows; ++r) {
-    const uint8_t* codes = rows.codes + rows.index[r] * shape.row_codes;
+  const uint32_t whole = kHalves ? 0 : shape.whole_groups();
+  // Copies: a store might change the originals for all the compiler knows.
+  const uint32_t row_count = rows.rows;
+  const uint32_t groups = shape.groups;
+  const uint32_t blocks = shape.blocks;
+  const size_t row_codes = shape.row_codes;
+  const size_t row_parameters = shape.row_parameters;
+  for (uint32_t r = 0; r < row_count; ++r) {
+    const uint8_t* codes = rows.codes + rows.index[r] * row_codes;
     uint8_t* target = const_cast<uint8_t*>(rows.target[r]);
     Reader reader;
-    reader.parameters = rows.parameters + rows.index[r] * shape.row_parameters;
+    reader.parameters = rows.parameters + rows.index[r] * row_parameters;
+    if (whole == 1) {
+      decode_whole_groups<Reader, 1, kStream>(reader, groups, codes, target);
+      continue;
+    }
+    if (whole == 2) {
+      decode_whole_groups<Reader, 2, kStream>(reader, groups, codes, target);
+      continue;
+    }
     uint32_t block = 0;
-    for (uint32_t group = 0; group < shape.groups; group += 1 + kHalves) {
-      reader.load(group, shape.groups - 1);
-      const uint32_t end = block + per_group < shape.blocks ? block + per_group : shape.blocks;
+    for (uint32_t group = 0; group < groups; group += 1 + kHalves) {
+      reader.load(group, groups - 1);
+      const uint32_t end = block + per_group < blocks ? block + per_group : blocks;
       for (; block < end; ++block) {
         reader.template decode_block<kStream>(codes, target);
         codes += Reader::kBlockBytes;

@@ -141,20 +141,22 @@ KVC_INLINE bool load_column_parameters(const uint8_t* source, uint32_t channels,
 
 // ---- codes
 
+using WordJoiner = ByteJoiner;
+
 // Eight, four or sixteen codes of a channel -> its word.
 template <uint32_t kBits>
-KVC_INLINE Dwords join_word(const Dwords* q) {
+KVC_INLINE Dwords join_word(const WordJoiner& bytes, const Dwords* q) {
   if constexpr (kBits == 8) {
-    return join_bytes(q[0], q[1], q[2], q[3]);
+    return bytes.join(q[0], q[1], q[2], q[3]);
   } else {
     Dwords joined[4];  // four codes each, in the low bits
     for (int i = 0; i < (kBits == 4 ? 2 : 4); ++i) {
-      const Dwords bytes = join_bytes(q[4 * i], q[4 * i + 1], q[4 * i + 2], q[4 * i + 3]);
-      const Dwords pairs = _mm512_maddubs_epi16(bytes, _mm512_set1_epi16(1 + (256 << kBits)));
+      const Dwords four = bytes.join(q[4 * i], q[4 * i + 1], q[4 * i + 2], q[4 * i + 3]);
+      const Dwords pairs = _mm512_maddubs_epi16(four, _mm512_set1_epi16(1 + (256 << kBits)));
       joined[i] = _mm512_madd_epi16(pairs, _mm512_set1_epi32(1 + (65536 << 2 * kBits)));
     }
     if (kBits == 4) return _mm512_mask_mov_epi16(joined[0], 0xAAAAAAAA, _mm512_slli_epi32(joined[1], 16));
-    return join_bytes(joined[0], joined[1], joined[2], joined[3]);
+    return bytes.join(joined[0], joined[1], joined[2], joined[3]);
   }
 }
 

@@ -1,17 +1,25 @@
 // Codes of a block with AVX-512: quantising 64 elements and packing them, unpacking them and looking their values up.
 // Included by avx512.cpp inside its target region and namespace, after avx512_token.h.
 
-KVC_INLINE __m512i repeat_dword_index() {
-  return _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
-}
+// Byte k of each 32-bit element of join(v) is the low byte of that element of v[k].
+struct ByteJoiner {
+  // In mask registers for good: left to itself, the compiler loads the constants in every iteration.
+  __mmask64 second;
+  __mmask64 third;
+  __mmask64 fourth;
 
-// Byte k of each 32-bit element is the low byte of that element of v[k].
-KVC_INLINE __m512i join_bytes(__m512i v0, __m512i v1, __m512i v2, __m512i v3) {
-  const __m512i low = repeat_dword_index();
-  v0 = _mm512_mask_shuffle_epi8(v0, 0x2222222222222222, v1, low);
-  v0 = _mm512_mask_shuffle_epi8(v0, 0x4444444444444444, v2, low);
-  return _mm512_mask_shuffle_epi8(v0, 0x8888888888888888, v3, low);
-}
+  KVC_INLINE ByteJoiner() : second(0x2222222222222222), third(0x4444444444444444), fourth(0x8888888888888888) {
+    asm("" : "+k"(second), "+k"(third), "+k"(fourth));
+  }
+
+  KVC_INLINE __m512i join(__m512i v0, __m512i v1, __m512i v2, __m512i v3) const {
+    const __m512i low =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
+    v0 = _mm512_mask_shuffle_epi8(v0, second, v1, low);
+    v0 = _mm512_mask_shuffle_epi8(v0, third, v2, low);
+    return _mm512_mask_shuffle_epi8(v0, fourth, v3, low);
+  }
+};
 
 template <typename Element, uint32_t kBits, bool kAsymmetric, bool kHalves>
 struct Packer {
@@ -36,20 +44,20 @@ struct Packer {
 
   // 8 bits: the 64 codes. Else 32 words of which each holds the codes of elements i and i + 32 at bits 0 and 4; their
   // order is that of the elements (bf16), or i and i + 16 alternate (fp16).
-  static KVC_INLINE __m512i join(const __m512i q[4]) {
+  static KVC_INLINE __m512i join(const ByteJoiner& bytes, const __m512i q[4]) {
     if (kBits == 8) {
-      const __m512i joined = join_bytes(q[0], q[1], q[2], q[3]);
+      const __m512i joined = bytes.join(q[0], q[1], q[2], q[3]);
       if (Element::kEvenOdd) {
         const __m512i order = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 30, 28, 26,
                                                24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
         return _mm512_permutexvar_epi16(order, joined);
       }
-      const __m512i bytes = _mm512_broadcast_i32x4(
+      const __m512i transposed = _mm512_broadcast_i32x4(
           _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
       return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15),
-                                      _mm512_shuffle_epi8(joined, bytes));
+                                      _mm512_shuffle_epi8(joined, transposed));
     }
-    return _mm512_maddubs_epi16(join_bytes(q[0], q[2], q[1], q[3]), _mm512_set1_epi16(0x1001));
+    return _mm512_maddubs_epi16(bytes.join(q[0], q[2], q[1], q[3]), _mm512_set1_epi16(0x1001));
   }
 
   static KVC_INLINE void store_one(__m512i joined, uint8_t* target) {
@@ -95,7 +103,7 @@ struct Packer {
   }
 
   // A block of `count` < 64 elements.
-  static void store_tail(const uint8_t* source, uint32_t count, const float* inverse, const float* zero,
+  static KVC_OUTLINE void store_tail(const uint8_t* source, uint32_t count, const float* inverse, const float* zero,
                          uint8_t* target) {
     __m512i words[2];
     quantise_tail(source, count, inverse, zero, words);
@@ -154,39 +162,44 @@ struct Packer {
 template <typename Element, uint32_t kBits, bool kAsymmetric, bool kHalves>
 void quantise_rows(const TokenShape& shape, const TokenChunk& chunk, const float* inverse, const float* zero) {
   using P = Packer<Element, kBits, kAsymmetric, kHalves>;
-  constexpr uint32_t kEntries = 1 + kHalves;  // of a block
-  const auto joined = [&](const uint8_t* source, const uint8_t* ahead, uint32_t block) __attribute__((always_inline)) {
-    _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
-    _mm_prefetch(reinterpret_cast<const char*>(ahead + 64), _MM_HINT_T1);
+  // Copies: a store might change the originals for all the compiler knows.
+  const uint32_t rows = chunk.rows;
+  const uint32_t blocks = shape.blocks;
+  const uint32_t tail = shape.tail;
+  const uint32_t entries = shape.entries;
+  const uint32_t shift = shape.entry_shift;
+  const int64_t ahead = chunk.ahead;
+  const ByteJoiner bytes;
+  const auto entry = [=](uint32_t block) { return kHalves ? 2 * block : block >> shift; };
+  const auto joined = [&](const uint8_t* source, uint32_t block) __attribute__((always_inline)) {
+    prefetch(source, ahead);
+    prefetch(source, ahead + 64);
     __m512i q[4];
-    P::quantise_block(_mm512_loadu_si512(source), _mm512_loadu_si512(source + 64), inverse + block * kEntries,
-                      zero + block * kEntries, q);
-    return P::join(q);
+    P::quantise_block(_mm512_loadu_si512(source), _mm512_loadu_si512(source + 64), inverse + entry(block),
+                      zero + entry(block), q);
+    return P::join(bytes, q);
   };
-  for (uint32_t r = 0; r < chunk.rows; ++r) {
+  for (uint32_t r = 0; r < rows; ++r) {
     const uint8_t* source = chunk.source[r];
-    const uint8_t* ahead = chunk.ahead[r];
     uint8_t* target = chunk.codes + chunk.index[r] * shape.row_codes;
     uint32_t block = 0;
-    for (; block + 1 < shape.blocks; block += 2) {
-      const __m512i first = joined(source, ahead, block);
-      P::store_two(first, joined(source + 128, ahead + 128, block + 1), target);
+    for (; block + 1 < blocks; block += 2) {
+      const __m512i first = joined(source, block);
+      P::store_two(first, joined(source + 128, block + 1), target);
       source += 256;
-      ahead += 256;
       target += 2 * P::kBlockBytes;
     }
-    if (block < shape.blocks) {
-      P::store_one(joined(source, ahead, block), target);
+    if (block < blocks) {
+      P::store_one(joined(source, block), target);
       source += 128;
-      ahead += 128;
       target += P::kBlockBytes;
       ++block;
     }
-    if (shape.tail != 0) {
-      _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
-      P::store_tail(source, shape.tail, inverse + block * kEntries, zero + block * kEntries, target);
+    if (tail != 0) {
+      prefetch(source, ahead);
+      P::store_tail(source, tail, inverse + entry(block), zero + entry(block), target);
     }
-    inverse += shape.entries;
-    zero += shape.entries;
+    inverse += entries;
+    zero += entries;
   }
 }

@@ -131,9 +131,11 @@ inline void find_group_extremes(const uint8_t* source, uint32_t count, uint8_t* 
 template <typename Extremes, uint32_t kVectors>
 void find_extremes_of_whole(const TokenShape& shape, TokenChunk& chunk) {
   uint8_t* target = chunk.extremes;
-  for (uint32_t r = 0; r < chunk.rows; ++r) {
+  const uint32_t rows = chunk.rows;  // copies: a store might change the originals for all the compiler knows
+  const uint32_t groups = shape.groups;
+  for (uint32_t r = 0; r < rows; ++r) {
     const uint8_t* source = chunk.source[r];
-    for (uint32_t g = 0; g < shape.groups; ++g, source += kVectors * 64, target += 64) {
+    for (uint32_t g = 0; g < groups; ++g, source += kVectors * 64, target += 64) {
       Extremes extremes(_mm512_loadu_si512(source));
       for (uint32_t i = 1; i < kVectors; ++i) extremes.add(_mm512_loadu_si512(source + i * 64));
       _mm512_store_si512(target, extremes.half_reduced());

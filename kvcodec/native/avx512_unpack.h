@@ -60,7 +60,7 @@ KVC_INLINE __m512 clamp(__m512 v) {
 // ---- 4 and 2 bits
 
 template <typename Element>
-__attribute__((noinline)) __m512i table_of_any(__m512 values) {
+KVC_OUTLINE __m512i table_of_any(__m512 values) {
   return _mm512_broadcast_i64x4(Element::narrow(clamp<Element>(values)));
 }
 
@@ -190,7 +190,7 @@ struct ByteReader {
     zero[half] = fold ? _mm512_mul_ps(group.scale, _mm512_set1_ps(-128.0f)) : group.zero;
   }
 
-  __attribute__((noinline)) __m512i decode_exactly(__m512i codes, bool upper) const {
+  KVC_OUTLINE __m512i decode_exactly(__m512i codes, bool upper) const {
     __m256i out[2];
     for (int i = 0; i < 2; ++i) {
       const __m256i words = i == 0 ? _mm512_castsi512_si256(codes) : _mm512_extracti64x4_epi64(codes, 1);
@@ -229,7 +229,7 @@ struct TailOrder {
 
   // With kStream a whole row is a multiple of 64 bytes, and `count` is 32.
   template <bool kStream, typename Reader>
-  KVC_INLINE void decode(const Reader& reader, const uint8_t* codes, uint8_t* target) const {
+  KVC_OUTLINE void decode(const Reader& reader, const uint8_t* codes, uint8_t* target) const {
     const __m256i low = _mm256_maskz_loadu_epi8(first_words(bytes), codes);
     const __m512i words = _mm512_cvtepu8_epi16(low);
     const __m512i code_mask = _mm512_set1_epi16((1 << kBits) - 1);
@@ -258,20 +258,48 @@ struct ReaderOf<Element, 8, kAsymmetric, kHalves> {
   using Type = ByteReader<Element, kAsymmetric, kHalves>;
 };
 
+// Whole groups of `kPerGroup` blocks and nothing else: what most models have.
+template <typename Reader, uint32_t kPerGroup, bool kStream>
+KVC_INLINE void decode_whole_groups(Reader reader, uint32_t groups, const uint8_t* codes, uint8_t* target) {
+  for (uint32_t group = 0; group < groups; ++group) {
+    reader.load(group, groups);
+    for (uint32_t block = 0; block < kPerGroup; ++block) {
+      reader.template decode_block<kStream>(codes, target);
+      codes += Reader::kBlockBytes;
+      target += 128;
+    }
+  }
+}
+
 template <typename Element, uint32_t kBits, bool kAsymmetric, bool kHalves, bool kStream>
 void decode_rows(const TokenShape& shape, const TokenTargets& rows) {
   using Reader = typename ReaderOf<Element, kBits, kAsymmetric, kHalves>::Type;
   const uint32_t per_group = kHalves ? 1 : (shape.group + kBlock - 1) / kBlock;  // blocks
+  const uint32_t whole = kHalves ? 0 : shape.whole_groups();
   const TailOrder<kBits> tail(shape.tail);
-  for (uint32_t r = 0; r < rows.rows; ++r) {
-    const uint8_t* codes = rows.codes + rows.index[r] * shape.row_codes;
+  // Copies: a store might change the originals for all the compiler knows.
+  const uint32_t row_count = rows.rows;
+  const uint32_t groups = shape.groups;
+  const uint32_t blocks = shape.blocks;
+  const size_t row_codes = shape.row_codes;
+  const size_t row_parameters = shape.row_parameters;
+  for (uint32_t r = 0; r < row_count; ++r) {
+    const uint8_t* codes = rows.codes + rows.index[r] * row_codes;
     uint8_t* target = const_cast<uint8_t*>(rows.target[r]);
     Reader reader;
-    reader.parameters = rows.parameters + rows.index[r] * shape.row_parameters;
+    reader.parameters = rows.parameters + rows.index[r] * row_parameters;
+    if (whole == 1) {
+      decode_whole_groups<Reader, 1, kStream>(reader, groups, codes, target);
+      continue;
+    }
+    if (whole == 2) {
+      decode_whole_groups<Reader, 2, kStream>(reader, groups, codes, target);
+      continue;
+    }
     uint32_t block = 0;
-    for (uint32_t group = 0; group < shape.groups; group += 1 + kHalves) {
-      reader.load(group, shape.groups - 1);
-      const uint32_t end = block + per_group < shape.blocks ? block + per_group : shape.blocks;
+    for (uint32_t group = 0; group < groups; group += 1 + kHalves) {
+      reader.load(group, groups - 1);
+      const uint32_t end = block + per_group < blocks ? block + per_group : blocks;
       for (; block < end; ++block) {
         reader.template decode_block<kStream>(codes, target);
         codes += Reader::kBlockBytes;

@@ -111,11 +111,9 @@ class UnitAhead {
     if (left_ != 0) row_ = unit_.row();
   }
 
-  void prefetch(uint32_t rows) {
+  void fetch(uint32_t rows) {
     for (; rows != 0 && left_ != 0; --rows, --left_, row_ += unit_.stride()) {
-      for (uint32_t i = 0; i < unit_.channels() * 2; i += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(row_ + i), _MM_HINT_T1);
-      }
+      for (uint32_t i = 0; i < unit_.channels() * 2; i += 64) prefetch(row_, i);
     }
   }
 
@@ -158,7 +156,7 @@ void read_columns(const UnitWalk& unit, uint32_t first, uint32_t tokens, UnitAhe
     if (first == 0) extremes[c].start(load_column(row + c * kVectorBytes, channels));
   }
   for (uint32_t t = 0; t < tokens; ++t, row += unit.stride()) {
-    if (t % 3 == 0) ahead.prefetch(1);
+    if (t % 3 == 0) ahead.fetch(1);
     for (uint32_t c = 0; c < kColumns; ++c, copy += kVectorBytes) {
       const Words words = load_column(row + c * kVectorBytes, channels);
       extremes[c].add(words);
@@ -207,7 +205,7 @@ uint64_t store_unit_parameters(const UnitWalk& unit, EncodedUnit<Extremes>& work
 // ---- encoding, second pass
 
 template <typename Element, uint32_t kBits, bool kAsymmetric, typename Column>
-KVC_INLINE void store_word(const uint8_t* row, size_t row_bytes, const Column& column, uint32_t word_mask,
+KVC_INLINE void store_word(const WordJoiner& joiner, const uint8_t* row, size_t row_bytes, const Column& column, uint32_t word_mask,
                            uint32_t channels, uint8_t* target) {
   using P = Packer<Element, kBits, kAsymmetric, false>;
   Dwords q[2][32 / kBits];
@@ -217,7 +215,7 @@ KVC_INLINE void store_word(const uint8_t* row, size_t row_bytes, const Column& c
     for (int i = 0; i < 2; ++i) q[i][k] = P::quantise(x[i], column.inverse[i], column.zero[i]);
   }
   Dwords words[2];
-  for (int i = 0; i < 2; ++i) words[i] = keep_bits(keep_lanes(join_word<kBits>(q[i]), column.inside[i]), word_mask);
+  for (int i = 0; i < 2; ++i) words[i] = keep_bits(keep_lanes(join_word<kBits>(joiner, q[i]), column.inside[i]), word_mask);
   store_column_words<Element>(words, channels, target);
 }
 
@@ -227,15 +225,16 @@ void store_codes(const UnitWalk& unit, uint32_t first, uint32_t tokens, UnitAhea
   constexpr uint32_t kPerWord = 32 / kBits;
   const uint32_t channels = unit.columns == 1 ? unit.channels() : kColumn;
   const size_t row_bytes = unit.columns * kVectorBytes;
+  const WordJoiner joiner{};
   uint8_t* target = work.codes + first / kPerWord * work.word_bytes;
   for (uint32_t t = 0; t < tokens; t += kPerWord, target += work.word_bytes) {
     const uint32_t present = tokens - t < kPerWord ? tokens - t : kPerWord;
     const uint32_t word_mask = static_cast<uint32_t>((uint64_t{1} << present * kBits) - 1);
     const uint8_t* row = work.scratch + t * row_bytes;
-    ahead.prefetch(kPerWord);
+    ahead.fetch(kPerWord);
 #pragma GCC unroll 1
     for (uint32_t c = 0; c < unit.columns; ++c) {
-      store_word<Element, kBits, kAsymmetric>(row + c * kVectorBytes, row_bytes, work.column[c], word_mask, channels,
+      store_word<Element, kBits, kAsymmetric>(joiner, row + c * kVectorBytes, row_bytes, work.column[c], word_mask, channels,
                                               target + c * kColumn * 4);
     }
   }
@@ -328,7 +327,7 @@ void decode_unit(const UnitWalk& unit, const DecodedUnit& work, bool tame, Bytes
   uint8_t* target = unit.row();
   for (uint32_t token = 0; token < unit.tokens; token += kPerWord, source += work.word_bytes) {
     const uint32_t tokens = smaller(unit.tokens - token, kPerWord);
-    if (unit.channel == 0) behind.prefetch(tokens);
+    if (unit.channel == 0) behind.fetch(tokens);
     if (!tame || tokens < kPerWord) {
       decode_any_word<Element, kBits, kAsymmetric, kStream>(unit, work, source, target, tokens);
     } else if (unit.columns % kTogether == 0) {

@@ -49,16 +49,13 @@ void encode_raw(const SectionCodec& codec, const Rows& rows, const Rows* next, u
   RowWalk walk(merged);
   RowsAhead ahead(merged, next, kPrefetchBytes / row_bytes + 1);
   const uint8_t* source[kMaxChunkRows];
-  const uint8_t* soon[kMaxChunkRows];
   size_t index[kMaxChunkRows];
   for (;;) {
-    ahead.take(soon, index, kMaxChunkRows);
+    const int64_t offset = ahead.offset(walk.address(), kMaxChunkRows);
     const uint32_t count = walk.take(source, index, kMaxChunkRows);
     if (count == 0) break;
     for (uint32_t r = 0; r < count; ++r) {
-      for (size_t i = 0; i < prefetched; i += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(soon[r] + i), _MM_HINT_T1);
-      }
+      for (size_t i = 0; i < prefetched; i += 64) prefetch(source[r], offset + static_cast<int64_t>(i));
       copy_bytes(out + index[r] * row_bytes, source[r], row_bytes);
     }
   }
@@ -75,7 +72,7 @@ void decode_raw(const SectionCodec& codec, const uint8_t* in, const Rows& rows) 
   size_t index[kMaxChunkRows];
   while (const uint32_t count = walk.take(target, index, kMaxChunkRows)) {
     for (uint32_t r = 0; r < count; ++r) {
-      behind.prefetch(merged_tokens);
+      behind.fetch(merged_tokens);
       stream_bytes(const_cast<uint8_t*>(target[r]), in + index[r] * row_bytes, row_bytes);
     }
   }

@@ -29,7 +29,8 @@ struct TokenShape {
   uint32_t blocks;        // whole ones, per row
   uint32_t tail;          // elements of the last, shorter block
   bool halves;            // groups of 32: a block has two
-  uint32_t entries;       // blocks (or half blocks) of a row, a short one included
+  uint32_t entries;       // of a row in what quantise() is given: groups, or blocks (half blocks), a short one included
+  uint32_t entry_shift;   // from the number of a block to its entry
   size_t row_parameters;  // bytes
   size_t row_codes;       // bytes
   size_t codes;           // offset of the codes in the section
@@ -42,13 +43,23 @@ struct TokenShape {
         tail(head_size % kBlock),
         halves(group == 32 && head_size > 32),
         entries((blocks + (tail != 0)) << halves),
+        entry_shift(0),
         row_parameters(groups * (codec.asymmetric ? 4 : 2)),
         row_codes(blocks * 8 * codec.bits + (tail + 8 / codec.bits - 1) / (8 / codec.bits)),
-        codes(pad64(parameter_bytes(codec, rows.head_count, rows.token_count, head_size))) {}
+        codes(pad64(parameter_bytes(codec, rows.head_count, rows.token_count, head_size))) {
+    const uint32_t whole = whole_groups();
+    if (groups == 1 || (whole != 0 && (whole & (whole - 1)) == 0)) {
+      entries = groups;
+      entry_shift = groups == 1 ? 31 : static_cast<uint32_t>(__builtin_ctz(whole));
+    }
+  }
 
   uint32_t group_elements(uint32_t index) const {
     return index + 1 < groups ? group : head_size - index * group;
   }
+
+  // Blocks of a group if every group has that many; else 0.
+  uint32_t whole_groups() const { return head_size % group == 0 && group % kBlock == 0 ? group / kBlock : 0; }
 
   static bool covers(const SectionCodec& codec, const Rows& rows) {
     if (codec.kind != KVC_KIND_INT || codec.channel || rows.head_size > kMaxRowElements) return false;
@@ -62,7 +73,7 @@ struct TokenShape {
 struct TokenChunk {
   uint32_t rows;
   const uint8_t* source[kMaxChunkRows];
-  const uint8_t* ahead[kMaxChunkRows];  // to prefetch
+  int64_t ahead;  // from a source to what is to be prefetched
   size_t index[kMaxChunkRows];
   uint8_t* codes;  // of row 0 of the section
   // By row, then group.
@@ -131,23 +142,26 @@ inline uint32_t chunk_rows(const TokenShape& shape) {
   return rows == 0 ? 1 : rows < kMaxChunkRows ? rows : kMaxChunkRows;
 }
 
+template <size_t kBytes>
+inline void store_row_parameters(const TokenChunk& chunk, uint8_t* out) {
+  for (uint32_t r = 0; r < chunk.rows; ++r) {
+    std::memcpy(out + chunk.index[r] * kBytes, chunk.parameters + r * kBytes, kBytes);
+  }
+}
+
 inline void store_chunk_parameters(const TokenShape& shape, const TokenChunk& chunk, bool in_order, uint8_t* out) {
   const size_t bytes = shape.row_parameters;
-  const uint8_t* source = chunk.parameters;
   if (in_order) {
-    std::memcpy(out + chunk.index[0] * bytes, source, chunk.rows * bytes);
-    return;
-  }
-  for (uint32_t r = 0; r < chunk.rows; ++r, source += bytes) {
-    uint8_t* target = out + chunk.index[r] * bytes;
-    if (bytes == 2) {
-      std::memcpy(target, source, 2);
-    } else if (bytes == 4) {
-      std::memcpy(target, source, 4);
-    } else if (bytes == 8) {
-      std::memcpy(target, source, 8);
-    } else {
-      std::memcpy(target, source, bytes);
+    std::memcpy(out + chunk.index[0] * bytes, chunk.parameters, chunk.rows * bytes);
+  } else if (bytes == 2) {
+    store_row_parameters<2>(chunk, out);
+  } else if (bytes == 4) {
+    store_row_parameters<4>(chunk, out);
+  } else if (bytes == 8) {
+    store_row_parameters<8>(chunk, out);
+  } else {
+    for (uint32_t r = 0; r < chunk.rows; ++r) {
+      std::memcpy(out + chunk.index[r] * bytes, chunk.parameters + r * bytes, bytes);
     }
   }
 }
@@ -209,7 +223,7 @@ inline uint64_t encode_token_rows(const TokenEncoder& encoder, const SectionCode
   chunk.codes = out + shape.codes;
   uint64_t outside = 0;
   for (uint64_t left = static_cast<uint64_t>(rows.head_count) * rows.token_count; left != 0; left -= chunk.rows) {
-    ahead.take(chunk.ahead, chunk.index, at_once);
+    chunk.ahead = ahead.offset(walk.address(), at_once);
     chunk.rows = walk.take(chunk.source, chunk.index, at_once);
     encoder.find_extremes(shape, chunk);
     const bool any_outside = encoder.find_parameters(shape, chunk);
@@ -241,7 +255,7 @@ inline void decode_token_rows(TokenDecoder decoder, const SectionCodec& codec, c
   targets.parameters = in;
   BytesBehind behind(codec, in, rows);
   while ((targets.rows = walk.take(targets.target, targets.index, kMaxChunkRows)) != 0) {
-    behind.prefetch(targets.rows);
+    behind.fetch(targets.rows);
     decoder(shape, targets);
   }
 }
