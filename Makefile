@@ -62,7 +62,7 @@ native-test: $(INSTALLED)  ## libkvcodec under sanitizers, without Python; warni
 
 bench: $(INSTALLED)  ## codec speed against memcpy, every codec and instruction set: 15 minutes, quiet machine
 	mkdir -p docs/measurements
-	$(BIN)/kvcodec bench codec --json > docs/measurements/codec-speed.json
+	$(BIN)/kvcodec bench codec --layouts page_first,layer_first,canonical --json > docs/measurements/codec-speed.json
 	$(PIP_INSTALL) --no-warn-conflicts matplotlib
 	$(BIN)/python tools/plot_speed.py docs/measurements/codec-speed.json docs/images/codec-speed.svg
 

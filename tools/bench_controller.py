@@ -150,7 +150,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--directory", type=Path, default=None, help="where stores are made (a disk, not tmpfs)"
+        "--directory",
+        type=lambda text: Path(text).resolve(),
+        default=None,
+        help="where stores are made (a disk, not tmpfs)",
     )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
