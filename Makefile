@@ -21,7 +21,7 @@ PYTHON_ENV := $(VENV)/stamp-python
 INSTALLED := $(VENV)/stamp-installed
 SGLANG := $(VENV)/stamp-sglang
 
-.PHONY: help setup sglang demo test check lint types pytest native-test \
+.PHONY: help setup sglang demo test check lint types pytest native-test neon-test fuzz-long \
   bench bench-controller quality dist clean distclean
 .DEFAULT_GOAL := help
 
@@ -59,6 +59,13 @@ native-test: $(INSTALLED)  ## libkvcodec under sanitizers, without Python; warni
 	build/address/driver all
 	build/thread/driver threads
 	build/thread/driver compare 30
+
+neon-test:  ## the NEON kernels on an emulated processor, against the portable ones
+	tests/native/run_neon_qemu.sh
+
+fuzz-long: $(INSTALLED)  ## 10^6 mutants under sanitizers, 20,000 cases of every property: an hour
+	PYTHON=$(BIN)/python tests/native/fuzz_sanitized.sh 1000000
+	HYPOTHESIS_PROFILE=long $(BIN)/pytest -q -o timeout=0 tests/test_properties.py
 
 bench: $(INSTALLED)  ## codec speed against memcpy, every codec and instruction set: 15 minutes, quiet machine
 	mkdir -p docs/measurements
