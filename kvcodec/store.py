@@ -262,7 +262,8 @@ class PageStore:
                 if isinstance(answer, int) and answer <= self._row_bytes:
                     read.append((chunk.indices[row], chunk.rows[row][:answer]))
                 elif isinstance(answer, int):
-                    self._reject(names[chunk.indices[row]], "corrupt:length", heal=True)
+                    # Perhaps a newer writer's page with large extensions: not ours to remove.
+                    self._reject(names[chunk.indices[row]], "unsupported:length", heal=False)
                 else:
                     self._count("prefetch.miss" if answer is None else f"prefetch.{answer.label}")
             if not read:
