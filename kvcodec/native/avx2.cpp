@@ -9,8 +9,8 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-// Everything that could define an inline function is included before the target region: such a function compiled for
-// AVX2 might become the one copy that the linker keeps for everybody.
+// Everything that could define an inline function is included before the target region: such a
+// function compiled for AVX2 might become the one copy that the linker keeps for everybody.
 #include <cpuid.h>
 #include <immintrin.h>
 #include <limits.h>
@@ -27,8 +27,7 @@
 #include "x86_token.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi,bmi2"))), \
-                             apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi,bmi2"))), apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2")
@@ -49,7 +48,8 @@ namespace {
 #include "x86_raw.h"
 #include "x86_choose.h"
 
-uint64_t encode_section(const SectionCodec& codec, const Rows& rows, const Rows* next, uint8_t* out) {
+uint64_t encode_section(const SectionCodec& codec, const Rows& rows, const Rows* next,
+                        uint8_t* out) {
   if (codec.kind == KVC_KIND_RAW) {
     encode_raw(codec, rows, next, out);
     return 0;
@@ -58,7 +58,8 @@ uint64_t encode_section(const SectionCodec& codec, const Rows& rows, const Rows*
     const ChooseTokenEncoder choose{TokenShape(codec, rows).halves};
     return encode_token_rows(with_codec(codec, choose), codec, rows, next, out);
   }
-  if (ChannelShape::covers(codec, rows)) return with_codec(codec, ChooseChannelEncoder{})(codec, rows, next, out);
+  if (ChannelShape::covers(codec, rows))
+    return with_codec(codec, ChooseChannelEncoder{})(codec, rows, next, out);
   return kScalarKernels.encode_section(codec, rows, next, out);
 }
 
@@ -72,7 +73,8 @@ void decode_section(const SectionCodec& codec, const uint8_t* in, const Rows& ro
     return;
   }
   if (ChannelShape::covers(codec, rows)) {
-    return with_codec(codec, ChooseChannelDecoder{rows_aligned(rows, rows.head_size * 2, 64)})(codec, in, rows);
+    return with_codec(codec, ChooseChannelDecoder{rows_aligned(rows, rows.head_size * 2, 64)})(
+        codec, in, rows);
   }
   kScalarKernels.decode_section(codec, in, rows);
 }
@@ -91,7 +93,8 @@ uint64_t checksum(const void* data, size_t bytes) { return XXH3_64bits(data, byt
 namespace kvc {
 namespace {
 
-// __builtin_cpu_supports() of older compilers does not know it. AVX2 says already that the system saves the registers.
+// __builtin_cpu_supports() of older compilers does not know it. AVX2 says already that the system
+// saves the registers.
 bool has_f16c() {
   unsigned int a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
@@ -101,7 +104,9 @@ bool has_f16c() {
 
 const Kernels* avx2_kernels() {
   static const Kernels kernels = {"avx2", encode_section, decode_section, copy_out, checksum};
-  const bool available = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+  const bool available = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+                         has_f16c();
   return available ? &kernels : nullptr;
 }
 

@@ -1,8 +1,10 @@
-// What per-channel sections need of AVX2, for x86_channel.h: a column is 16 channels. Included by avx2.cpp inside its
-// target region and namespace.
+// What per-channel sections need of AVX2, for x86_channel.h: a column is 16 channels. Included by
+// avx2.cpp inside its target region and namespace.
 
-using Words = __m256i;   // 16 elements of 16 bits
-using Dwords = __m256i;  // half a column in the order of widening: even or odd channels (bf16), or 8 in a row (fp16)
+// 16 elements of 16 bits.
+using Words = __m256i;
+// Half a column in the order of widening: even or odd channels (bf16), or 8 in a row (fp16).
+using Dwords = __m256i;
 using Floats = __m256;
 using Lanes = __m256i;  // all bits or none
 
@@ -25,7 +27,8 @@ template <typename Element>
 KVC_INLINE void widen_column(Words words, Floats out[2]) {
   if (Element::kEvenOdd) {
     out[0] = Element::widen(words);
-    out[1] = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xFFFF0000))));
+    out[1] = _mm256_castsi256_ps(
+        _mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xFFFF0000))));
   } else {
     out[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(words));
     out[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(words, 1));
@@ -61,8 +64,8 @@ KVC_INLINE void load_column_words(const uint8_t* source, uint32_t, Dwords out[2]
 
 // ---- parameters
 
-// Smallest and largest element of each channel. Channels of one sign are common, so that their extreme of the smaller
-// magnitude is kept as well (see SmallestLargest).
+// Smallest and largest element of each channel. Channels of one sign are common, so that their
+// extreme of the smaller magnitude is kept as well (see SmallestLargest).
 struct ChannelRange {
   __m256i largest;
   __m256i smallest;
@@ -85,7 +88,8 @@ struct ChannelRange {
 };
 
 template <typename Element, bool kAsymmetric>
-KVC_INLINE void store_column_parameters(const Dwords stored[2], uint32_t channels, uint8_t* target) {
+KVC_INLINE void store_column_parameters(const Dwords stored[2], uint32_t channels,
+                                        uint8_t* target) {
   if (kAsymmetric) return store_column_words<Element>(stored, channels, target);
   __m256i words;
   if (Element::kEvenOdd) {
@@ -105,7 +109,8 @@ KVC_INLINE uint64_t count_outside(uint64_t inside, uint32_t) {
 
 // Scales and zeros; true if no value can need clamping or be a NaN.
 template <typename Element, bool kAsymmetric>
-KVC_INLINE bool load_column_parameters(const uint8_t* source, uint32_t channels, Floats scale[2], Floats zero[2]) {
+KVC_INLINE bool load_column_parameters(const uint8_t* source, uint32_t channels, Floats scale[2],
+                                       Floats zero[2]) {
   Dwords stored[2];
   if (kAsymmetric) {
     load_column_words<Element>(source, channels, stored);
@@ -133,7 +138,8 @@ KVC_INLINE bool load_column_parameters(const uint8_t* source, uint32_t channels,
 
 struct WordJoiner {};
 
-// Eight, four or sixteen codes of a channel -> its word. The low 16 bits of each vector hold nothing but the code.
+// Eight, four or sixteen codes of a channel -> its word. The low 16 bits of each vector hold
+// nothing but the code.
 template <uint32_t kBits>
 KVC_INLINE Dwords join_word(const WordJoiner&, const Dwords* q) {
   constexpr uint32_t kHalf = 16 / kBits;  // codes of half a word
@@ -141,7 +147,8 @@ KVC_INLINE Dwords join_word(const WordJoiner&, const Dwords* q) {
   for (uint32_t h = 0; h < 2; ++h) {
     half[h] = q[h * kHalf];
     for (uint32_t k = 1; k < kHalf; ++k) {
-      half[h] = _mm256_or_si256(half[h], _mm256_slli_epi32(q[h * kHalf + k], static_cast<int>(k * kBits)));
+      half[h] = _mm256_or_si256(half[h],
+                                _mm256_slli_epi32(q[h * kHalf + k], static_cast<int>(k * kBits)));
     }
   }
   return merge_low_words(half[0], half[1]);

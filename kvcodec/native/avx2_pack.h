@@ -1,5 +1,5 @@
-// Quantising elements and packing their codes with AVX2. Included by avx2.cpp inside its target region and namespace,
-// after avx2_token.h.
+// Quantising elements and packing their codes with AVX2. Included by avx2.cpp inside its target
+// region and namespace, after avx2_token.h.
 
 // Copies less than 256 bytes without a call.
 KVC_INLINE void copy_short(uint8_t* target, const uint8_t* source, uint32_t bytes) {
@@ -23,7 +23,8 @@ template <typename Element, uint32_t kBits, bool kAsymmetric, bool kHalves>
 struct Packer {
   static constexpr uint32_t kBlockBytes = 8 * kBits;
 
-  // A fused multiply-add with 1.5 * 2^23 rounds the exact product to an integer and leaves it in the low bits.
+  // A fused multiply-add with 1.5 * 2^23 rounds the exact product to an integer and leaves it in
+  // the low bits.
   static KVC_INLINE __m256i quantise(__m256 x, __m256 inverse, __m256 zero) {
     const __m256 magic = _mm256_set1_ps(12582912.0f + (kAsymmetric ? 0 : 1 << (kBits - 1)));
     if (kAsymmetric) x = _mm256_sub_ps(x, zero);
@@ -34,8 +35,10 @@ struct Packer {
   static KVC_INLINE __m256i quantise_sixteen(const uint8_t* source, __m256 inverse, __m256 zero) {
     __m256 first, second;
     Element::widen_sixteen(source, &first, &second);
-    const __m256i words = merge_low_words(quantise(first, inverse, zero), quantise(second, inverse, zero));
-    // The payload of an fp16 NaN reaches down to bit 13, and saturation would spoil the other half of the block.
+    const __m256i words =
+        merge_low_words(quantise(first, inverse, zero), quantise(second, inverse, zero));
+    // The payload of an fp16 NaN reaches down to bit 13, and saturation would spoil the other half
+    // of the block.
     return Element::kEvenOdd ? words : _mm256_and_si256(words, _mm256_set1_epi16(0xFF));
   }
 
@@ -58,8 +61,8 @@ struct Packer {
   }
 
   // `inverse` and `zero` at the entry of the block; one entry for each half of it if kHalves.
-  static KVC_INLINE void encode_block(const uint8_t* source, const float* inverse, const float* zero,
-                                      uint8_t* target) {
+  static KVC_INLINE void encode_block(const uint8_t* source, const float* inverse,
+                                      const float* zero, uint8_t* target) {
     const __m256 inverse_a = _mm256_broadcast_ss(inverse);
     const __m256 inverse_b = kHalves ? _mm256_broadcast_ss(inverse + 1) : inverse_a;
     const __m256 zero_a = zero_at(zero, 0);
@@ -76,14 +79,15 @@ struct Packer {
   }
 
   // A block of `count` < 64 elements: through buffers of whole blocks.
-  static KVC_OUTLINE void encode_tail(const uint8_t* source, uint32_t count, const float* inverse, const float* zero,
-                          uint8_t* target) {
+  static KVC_OUTLINE void encode_tail(const uint8_t* source, uint32_t count, const float* inverse,
+                                      const float* zero, uint8_t* target) {
     alignas(32) uint8_t elements[128] = {};
     alignas(32) uint8_t codes[64 + 32] = {};
     copy_short(elements, source, count * 2);
     for (uint32_t i = 0; i < count; i += 32) {
       const int entry = kHalves ? static_cast<int>(i / 32) : 0;
-      store_aligned(codes + i, put_in_order(quantise_half(elements + i * 2, _mm256_broadcast_ss(inverse + entry),
+      store_aligned(codes + i, put_in_order(quantise_half(elements + i * 2,
+                                                          _mm256_broadcast_ss(inverse + entry),
                                                           zero_at(zero, entry))));
     }
     for (uint32_t i = count; i < (count + 31) / 32 * 32; ++i) codes[i] = 0;
@@ -92,31 +96,35 @@ struct Packer {
     __m256i packed = load_vector(codes);
     for (uint32_t k = 1; k < 8 / kBits; ++k) {
       const __m256i plane = load_vector(codes + k * bytes);
-      packed = _mm256_or_si256(packed, _mm256_sll_epi16(plane, _mm_cvtsi32_si128(static_cast<int>(k * kBits))));
+      packed = _mm256_or_si256(
+          packed, _mm256_sll_epi16(plane, _mm_cvtsi32_si128(static_cast<int>(k * kBits))));
     }
     store_aligned(elements, packed);
     copy_short(target, elements, bytes);
   }
 
  private:
-  static KVC_INLINE void encode_quarters(const uint8_t* source, __m256 inverse_a, __m256 inverse_b, __m256 zero_a,
-                                         __m256 zero_b, uint8_t* target) {
+  static KVC_INLINE void encode_quarters(const uint8_t* source, __m256 inverse_a, __m256 inverse_b,
+                                         __m256 zero_a, __m256 zero_b, uint8_t* target) {
     const __m256i w0 = quantise_sixteen(source, inverse_a, zero_a);
     const __m256i w1 = _mm256_slli_epi16(quantise_sixteen(source + 32, inverse_a, zero_a), 2);
     const __m256i w2 = quantise_sixteen(source + 64, inverse_b, zero_b);
     const __m256i w3 = _mm256_slli_epi16(quantise_sixteen(source + 96, inverse_b, zero_b), 2);
     const __m256i upper = _mm256_slli_epi16(_mm256_or_si256(w2, w3), 4);
     const __m256i words = _mm256_or_si256(_mm256_or_si256(w0, w1), upper);
-    __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    __m128i bytes =
+        _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     if (!Element::kEvenOdd) {
-      bytes = _mm_shuffle_epi8(bytes, _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+      bytes = _mm_shuffle_epi8(bytes,
+                               _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
     }
     _mm_storeu_si128(reinterpret_cast<__m128i*>(target), bytes);
   }
 };
 
 template <typename Element, uint32_t kBits, bool kAsymmetric, bool kHalves>
-void quantise_rows(const TokenShape& shape, const TokenChunk& chunk, const float* inverse, const float* zero) {
+void quantise_rows(const TokenShape& shape, const TokenChunk& chunk, const float* inverse,
+                   const float* zero) {
   using P = Packer<Element, kBits, kAsymmetric, kHalves>;
   // Copies: a store might change the originals for all the compiler knows.
   const uint32_t rows = chunk.rows;

@@ -1,5 +1,6 @@
-// Per-token sections with AVX2, FMA and F16C: element types, and the parameters of groups. Included by avx2.cpp inside
-// its target region and namespace. The methods are those of avx512_token.h with half the width.
+// Per-token sections with AVX2, FMA and F16C: element types, and the parameters of groups. Included
+// by avx2.cpp inside its target region and namespace. The methods are those of avx512_token.h with
+// half the width.
 
 KVC_INLINE __m256i load_vector(const uint8_t* source) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
@@ -22,13 +23,16 @@ struct Bf16 {
   static constexpr int kOutside = 0x7F00;  // 2^127
   static constexpr bool kEvenOdd = true;
 
-  static KVC_INLINE __m256 widen(__m256i words_low) { return _mm256_castsi256_ps(_mm256_slli_epi32(words_low, 16)); }
+  static KVC_INLINE __m256 widen(__m256i words_low) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(words_low, 16));
+  }
 
   // Of 16 elements, the even and the odd ones.
   static KVC_INLINE void widen_sixteen(const uint8_t* source, __m256* first, __m256* second) {
     const __m256i words = load_vector(source);
     *first = widen(words);
-    *second = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xFFFF0000))));
+    *second = _mm256_castsi256_ps(
+        _mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xFFFF0000))));
   }
 
   static KVC_INLINE __m256 largest() { return _mm256_castsi256_ps(_mm256_set1_epi32(0x7F7F0000)); }
@@ -79,7 +83,8 @@ struct Magnitude {
   __m256i value;
 
   Magnitude() = default;
-  explicit KVC_INLINE Magnitude(__m256i first) : value(_mm256_and_si256(first, _mm256_set1_epi16(0x7FFF))) {}
+  explicit KVC_INLINE Magnitude(__m256i first)
+      : value(_mm256_and_si256(first, _mm256_set1_epi16(0x7FFF))) {}
   KVC_INLINE void add(__m256i other) {
     value = _mm256_max_epi16(value, _mm256_and_si256(other, _mm256_set1_epi16(0x7FFF)));
   }
@@ -92,8 +97,8 @@ struct Magnitude {
   }
 };
 
-// Of sign-and-magnitude bits a signed maximum is the largest element if one is not negative, and an unsigned maximum is
-// the smallest if one is negative. Groups of one sign are put right later.
+// Of sign-and-magnitude bits a signed maximum is the largest element if one is not negative, and an
+// unsigned maximum is the smallest if one is negative. Groups of one sign are put right later.
 struct SmallestLargest {
   __m256i largest;
   __m256i smallest;
@@ -105,7 +110,8 @@ struct SmallestLargest {
   }
   // The lower half belongs to the largest, the upper half to the smallest, its sign bit flipped.
   KVC_INLINE __m256i half_reduced() const {
-    const __m256i flipped = _mm256_xor_si256(smallest, _mm256_set1_epi16(static_cast<short>(0x8000)));
+    const __m256i flipped =
+        _mm256_xor_si256(smallest, _mm256_set1_epi16(static_cast<short>(0x8000)));
     return _mm256_max_epi16(_mm256_permute2x128_si256(largest, flipped, 0x20),
                             _mm256_permute2x128_si256(largest, flipped, 0x31));
   }
@@ -116,7 +122,8 @@ constexpr uint32_t kExtremesBytes = 32;  // of a group in TokenChunk::extremes
 template <typename Extremes, uint32_t kVectors>
 void find_extremes_of_whole(const TokenShape& shape, TokenChunk& chunk) {
   uint8_t* target = chunk.extremes;
-  const uint32_t rows = chunk.rows;  // copies: a store might change the originals for all the compiler knows
+  const uint32_t rows =
+      chunk.rows;  // copies: a store might change the originals for all the compiler knows
   const uint32_t groups = shape.groups;
   for (uint32_t r = 0; r < rows; ++r) {
     const uint8_t* source = chunk.source[r];
@@ -152,7 +159,8 @@ void find_extremes(const TokenShape& shape, TokenChunk& chunk) {
   uint8_t* target = chunk.extremes;
   for (uint32_t r = 0; r < chunk.rows; ++r) {
     for (uint32_t g = 0; g < shape.groups; ++g, target += kExtremesBytes) {
-      find_group_extremes<Extremes>(chunk.source[r] + g * shape.group * 2, shape.group_elements(g), target);
+      find_group_extremes<Extremes>(chunk.source[r] + g * shape.group * 2, shape.group_elements(g),
+                                    target);
     }
   }
 }
@@ -173,38 +181,43 @@ KVC_INLINE __m256i max_of_doubles(__m256i a, __m256i b) {
 // Dword i: the maximum of the words that `a`, `b`, `c` and `d` hold in the same 128-bit lane.
 KVC_INLINE __m256i max_of_lanes(__m256i a, __m256i b, __m256i c, __m256i d) {
   const __m256i pairs = max_of_doubles(max_of_quads(a, b), max_of_quads(c, d));
-  return _mm256_and_si256(_mm256_max_epi16(pairs, _mm256_srli_epi32(pairs, 16)), _mm256_set1_epi32(0xFFFF));
+  return _mm256_and_si256(_mm256_max_epi16(pairs, _mm256_srli_epi32(pairs, 16)),
+                          _mm256_set1_epi32(0xFFFF));
 }
 
 KVC_INLINE __m256i load_extremes(const uint8_t* extremes, int group) {
-  return _mm256_load_si256(reinterpret_cast<const __m256i*>(extremes + group * static_cast<int>(kExtremesBytes)));
+  return _mm256_load_si256(
+      reinterpret_cast<const __m256i*>(extremes + group * static_cast<int>(kExtremesBytes)));
 }
 
-// Bits of the largest magnitudes. One tree for 8 groups takes three instructions a group, a third of what reducing each
-// on its own would take.
+// Bits of the largest magnitudes. One tree for 8 groups takes three instructions a group, a third
+// of what reducing each on its own would take.
 KVC_INLINE __m256i reduce_magnitudes(const uint8_t* extremes) {
   __m256i pair[4];
   for (int i = 0; i < 4; ++i) {
     const __m256i a = load_extremes(extremes, i);
     const __m256i b = load_extremes(extremes, i + 4);
-    pair[i] = _mm256_max_epi16(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+    pair[i] = _mm256_max_epi16(_mm256_permute2x128_si256(a, b, 0x20),
+                               _mm256_permute2x128_si256(a, b, 0x31));
   }
   return max_of_lanes(pair[0], pair[1], pair[2], pair[3]);
 }
 
-KVC_INLINE void reduce_smallest_largest(const uint8_t* extremes, __m256i* smallest, __m256i* largest) {
+KVC_INLINE void reduce_smallest_largest(const uint8_t* extremes, __m256i* smallest,
+                                        __m256i* largest) {
   __m256i part[2];
   for (int i = 0; i < 2; ++i) {
     part[i] = max_of_lanes(load_extremes(extremes, 4 * i), load_extremes(extremes, 4 * i + 1),
                            load_extremes(extremes, 4 * i + 2), load_extremes(extremes, 4 * i + 3));
   }
   *largest = _mm256_permute2x128_si256(part[0], part[1], 0x20);
-  *smallest = _mm256_xor_si256(_mm256_permute2x128_si256(part[0], part[1], 0x31), _mm256_set1_epi32(0x8000));
+  *smallest = _mm256_xor_si256(_mm256_permute2x128_si256(part[0], part[1], 0x31),
+                               _mm256_set1_epi32(0x8000));
 }
 
 // All elements of one sign: what the reduction took for one extreme is the other one again.
-inline void correct_single_sign(const TokenShape& shape, const TokenChunk& chunk, uint32_t first, uint32_t which,
-                                __m256i* smallest, __m256i* largest) {
+inline void correct_single_sign(const TokenShape& shape, const TokenChunk& chunk, uint32_t first,
+                                uint32_t which, __m256i* smallest, __m256i* largest) {
   alignas(32) uint32_t low[8];
   alignas(32) uint32_t high[8];
   _mm256_store_si256(reinterpret_cast<__m256i*>(low), *smallest);
@@ -221,17 +234,21 @@ inline void correct_single_sign(const TokenShape& shape, const TokenChunk& chunk
 
 // Scales from extents (largest magnitude or range), rounded up to bf16 and no smaller than 2^-126.
 KVC_INLINE __m256i scales_of(__m256 extent, __m256 factor, __m256i inside, __m256* inverse) {
-  const __m256i up = _mm256_add_epi32(_mm256_castps_si256(_mm256_mul_ps(extent, factor)), _mm256_set1_epi32(0xFFFF));
-  const __m256i positive = _mm256_castps_si256(_mm256_cmp_ps(extent, _mm256_setzero_ps(), _CMP_NEQ_UQ));
+  const __m256i up = _mm256_add_epi32(_mm256_castps_si256(_mm256_mul_ps(extent, factor)),
+                                      _mm256_set1_epi32(0xFFFF));
+  const __m256i positive =
+      _mm256_castps_si256(_mm256_cmp_ps(extent, _mm256_setzero_ps(), _CMP_NEQ_UQ));
   const __m256i cut = _mm256_and_si256(up, _mm256_set1_epi32(static_cast<int>(0xFFFF0000)));
-  const __m256i scale = _mm256_and_si256(_mm256_max_epi32(cut, _mm256_set1_epi32(0x00800000)), positive);
+  const __m256i scale =
+      _mm256_and_si256(_mm256_max_epi32(cut, _mm256_set1_epi32(0x00800000)), positive);
   const __m256 quotient = _mm256_div_ps(_mm256_set1_ps(1.0f), _mm256_castsi256_ps(scale));
   *inverse = _mm256_and_ps(quotient, _mm256_castsi256_ps(_mm256_and_si256(positive, inside)));
   return _mm256_blendv_epi8(_mm256_set1_epi32(0x7FC00000), scale, inside);
 }
 
 KVC_INLINE __m256i is_inside(__m256i bits, int edge) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(edge), _mm256_and_si256(bits, _mm256_set1_epi32(0x7FFF)));
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(edge),
+                            _mm256_and_si256(bits, _mm256_set1_epi32(0x7FFF)));
 }
 
 // Parameters of 8 groups.
@@ -247,27 +264,32 @@ KVC_INLINE GroupParameters magnitude_parameters(__m256i bits) {
   GroupParameters p;
   p.inside = _mm256_cmpgt_epi32(_mm256_set1_epi32(Element::kOutside), bits);
   p.zero = _mm256_setzero_ps();
-  p.stored = scales_of(Element::widen(bits), _mm256_set1_ps(symmetric_factor(kBits)), p.inside, &p.inverse);
+  p.stored = scales_of(Element::widen(bits), _mm256_set1_ps(symmetric_factor(kBits)), p.inside,
+                       &p.inverse);
   return p;
 }
 
 template <typename Element, uint32_t kBits>
 KVC_INLINE GroupParameters range_parameters(__m256i smallest, __m256i largest) {
   GroupParameters p;
-  p.inside = _mm256_and_si256(is_inside(smallest, Element::kOutside), is_inside(largest, Element::kOutside));
+  p.inside = _mm256_and_si256(is_inside(smallest, Element::kOutside),
+                              is_inside(largest, Element::kOutside));
   const __m256i zero_bits = _mm256_and_si256(smallest, p.inside);
   p.zero = Element::widen(zero_bits);
   const __m256 extent = _mm256_sub_ps(Element::widen(largest), p.zero);
-  const __m256i scale = scales_of(extent, _mm256_set1_ps(asymmetric_factor(kBits)), p.inside, &p.inverse);
+  const __m256i scale =
+      scales_of(extent, _mm256_set1_ps(asymmetric_factor(kBits)), p.inside, &p.inverse);
   p.stored = _mm256_or_si256(scale, zero_bits);
   return p;
 }
 
 template <typename Element, uint32_t kBits>
-KVC_INLINE GroupParameters token_range_parameters(const TokenShape& shape, const TokenChunk& chunk, uint32_t first) {
+KVC_INLINE GroupParameters token_range_parameters(const TokenShape& shape, const TokenChunk& chunk,
+                                                  uint32_t first) {
   __m256i smallest, largest;
   reduce_smallest_largest(chunk.extremes + first * kExtremesBytes, &smallest, &largest);
-  const __m256i wrong = _mm256_or_si256(largest, _mm256_xor_si256(smallest, _mm256_set1_epi32(0x8000)));
+  const __m256i wrong =
+      _mm256_or_si256(largest, _mm256_xor_si256(smallest, _mm256_set1_epi32(0x8000)));
   const int single = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_slli_epi32(wrong, 16)));
   if (__builtin_expect(single != 0, false)) {
     correct_single_sign(shape, chunk, first, static_cast<uint32_t>(single), &smallest, &largest);
@@ -286,14 +308,17 @@ bool find_parameters(const TokenShape& shape, TokenChunk& chunk) {
       store_aligned(chunk.parameters + first * 4, p.stored);
       _mm256_store_ps(chunk.zero + first, p.zero);
     } else {
-      p = magnitude_parameters<Element, kBits>(reduce_magnitudes(chunk.extremes + first * kExtremesBytes));
+      p = magnitude_parameters<Element, kBits>(
+          reduce_magnitudes(chunk.extremes + first * kExtremesBytes));
       const __m256i high = _mm256_srli_epi32(p.stored, 16);
-      _mm_store_si128(reinterpret_cast<__m128i*>(chunk.parameters + first * 2),
-                      _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
+      _mm_store_si128(
+          reinterpret_cast<__m128i*>(chunk.parameters + first * 2),
+          _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
     }
     _mm256_store_ps(chunk.inverse + first, p.inverse);
     const uint32_t present = groups - first < 8 ? (1u << (groups - first)) - 1 : 0xFF;
-    const uint32_t inside = static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(p.inside)));
+    const uint32_t inside =
+        static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(p.inside)));
     note_outside(chunk, first, 8, ~inside & present, &any_outside);
   }
   return any_outside;

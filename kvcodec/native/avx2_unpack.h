@@ -1,7 +1,9 @@
-// Decoding per-token rows with AVX2. Included by avx2.cpp inside its target region and namespace, after avx2_pack.h.
+// Decoding per-token rows with AVX2. Included by avx2.cpp inside its target region and namespace,
+// after avx2_pack.h.
 //
-// Codes of 4 and 2 bits are looked up: the values of a group are computed and rounded once, and byte shuffles in a table
-// of their low bytes and one of their high bytes take the place of arithmetic per element.
+// Codes of 4 and 2 bits are looked up: the values of a group are computed and rounded once, and
+// byte shuffles in a table of their low bytes and one of their high bytes take the place of
+// arithmetic per element.
 
 template <bool kStream>
 KVC_INLINE void store_vector(uint8_t* target, __m256i v) {
@@ -36,8 +38,8 @@ struct GroupValues {
     zero = kAsymmetric ? Element::widen(_mm256_set1_epi32(zero_bits)) : _mm256_setzero_ps();
   }
 
-  // `codes` as floats, the middle code subtracted if symmetric. The product is exact unless it overflows, which a fused
-  // operation would hide.
+  // `codes` as floats, the middle code subtracted if symmetric. The product is exact unless it
+  // overflows, which a fused operation would hide.
   KVC_INLINE __m256 value(__m256 codes) const {
     const __m256 product = _mm256_mul_ps(scale, codes);
     return kAsymmetric ? _mm256_add_ps(zero, product) : product;
@@ -77,7 +79,8 @@ KVC_INLINE __m256i table_words(Bf16, __m256 even, __m256 odd) {
 KVC_INLINE __m256i table_words(Fp16, __m256 even, __m256 odd) {
   const __m128i e = Fp16::narrow(even);
   const __m128i o = Fp16::narrow(odd);
-  return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi16(e, o)), _mm_unpackhi_epi16(e, o), 1);
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi16(e, o)),
+                                 _mm_unpackhi_epi16(e, o), 1);
 }
 
 template <typename Element>
@@ -89,8 +92,10 @@ template <typename Element, uint32_t kBits, bool kAsymmetric>
 KVC_INLINE Table table_of(const uint8_t* parameter) {
   const GroupValues<Element, kAsymmetric> group(parameter);
   const __m256 middle = _mm256_set1_ps(kAsymmetric ? 0 : 1 << (kBits - 1));
-  __m256 even = kBits == 4 ? _mm256_setr_ps(0, 2, 4, 6, 8, 10, 12, 14) : _mm256_setr_ps(0, 2, 0, 2, 0, 2, 0, 2);
-  __m256 odd = kBits == 4 ? _mm256_setr_ps(1, 3, 5, 7, 9, 11, 13, 15) : _mm256_setr_ps(1, 3, 1, 3, 1, 3, 1, 3);
+  __m256 even = kBits == 4 ? _mm256_setr_ps(0, 2, 4, 6, 8, 10, 12, 14)
+                           : _mm256_setr_ps(0, 2, 0, 2, 0, 2, 0, 2);
+  __m256 odd = kBits == 4 ? _mm256_setr_ps(1, 3, 5, 7, 9, 11, 13, 15)
+                          : _mm256_setr_ps(1, 3, 1, 3, 1, 3, 1, 3);
   even = group.value(_mm256_sub_ps(even, middle));
   odd = group.value(_mm256_sub_ps(odd, middle));
   if (__builtin_expect(is_tame<Element>(group.scale_bits, group.zero_bits), true)) {
@@ -112,7 +117,8 @@ struct TableReader {
     first = table_of<Element, kBits, kAsymmetric>(parameters + group * kParameterBytes);
     if (!kHalves) return;
     second = first;
-    if (group != last) second = table_of<Element, kBits, kAsymmetric>(parameters + (group + 1) * kParameterBytes);
+    if (group != last)
+      second = table_of<Element, kBits, kAsymmetric>(parameters + (group + 1) * kParameterBytes);
   }
 
   template <bool kStream>
@@ -127,7 +133,8 @@ struct TableReader {
       packed = _mm256_srlv_epi64(twice, _mm256_setr_epi64x(0, 2, 0, 2));
     }
     look_up<kStream>(first, _mm256_and_si256(packed, mask), target);
-    look_up<kStream>(kHalves ? second : first, _mm256_and_si256(_mm256_srli_epi16(packed, 4), mask), target + 64);
+    look_up<kStream>(kHalves ? second : first, _mm256_and_si256(_mm256_srli_epi16(packed, 4), mask),
+                     target + 64);
   }
 
   // 32 codes as bytes, in order.
@@ -155,7 +162,8 @@ struct ByteReader {
 
   const uint8_t* parameters;
   __m256 scale[2];
-  __m256 zero[2];  // with -128 * scale if symmetric, so that a fused multiply-add of the code itself is the value
+  // With -128 * scale if symmetric: a fused multiply-add of the code itself is then the value.
+  __m256 zero[2];
   bool plain[2];
 
   KVC_INLINE void load(uint32_t group, uint32_t last) {
@@ -165,11 +173,13 @@ struct ByteReader {
 
   template <bool kStream>
   KVC_INLINE void decode_block(const uint8_t* codes, uint8_t* target) const {
-    for (int i = 0; i < 4; ++i) decode_sixteen<kStream>(codes + 16 * i, kHalves && i >= 2, target + 32 * i);
+    for (int i = 0; i < 4; ++i)
+      decode_sixteen<kStream>(codes + 16 * i, kHalves && i >= 2, target + 32 * i);
   }
 
   KVC_INLINE void decode_bytes(const uint8_t* codes, bool upper, uint8_t* target) const {
-    for (int i = 0; i < 2; ++i) decode_sixteen<false>(codes + 16 * i, kHalves && upper, target + 32 * i);
+    for (int i = 0; i < 2; ++i)
+      decode_sixteen<false>(codes + 16 * i, kHalves && upper, target + 32 * i);
   }
 
  private:
@@ -183,12 +193,14 @@ struct ByteReader {
       const __m256i words = _mm256_cvtepu8_epi16(bytes);
       const __m256i even = _mm256_and_si256(words, _mm256_set1_epi32(0xFFFF));
       const __m256i odd = _mm256_srli_epi32(words, 16);
-      store_vector<kStream>(target, merge_high_words(Bf16::round(value(even, upper)), Bf16::round(value(odd, upper))));
+      store_vector<kStream>(target, merge_high_words(Bf16::round(value(even, upper)),
+                                                     Bf16::round(value(odd, upper))));
     } else {
       const __m256i low = _mm256_cvtepu8_epi32(bytes);
       const __m256i high = _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8));
       const __m256i both = _mm256_castsi128_si256(Fp16::narrow(value(low, upper)));
-      store_vector<kStream>(target, _mm256_inserti128_si256(both, Fp16::narrow(value(high, upper)), 1));
+      store_vector<kStream>(target,
+                            _mm256_inserti128_si256(both, Fp16::narrow(value(high, upper)), 1));
     }
   }
 
@@ -209,10 +221,12 @@ struct ByteReader {
   KVC_OUTLINE __m256i decode_exactly(__m128i bytes, bool upper) const {
     const __m256i middle = _mm256_set1_epi32(kAsymmetric ? 0 : 128);
     const __m256i words = _mm256_cvtepu8_epi16(bytes);
-    const __m256i codes[2] = {_mm256_and_si256(words, _mm256_set1_epi32(0xFFFF)), _mm256_srli_epi32(words, 16)};
+    const __m256i codes[2] = {_mm256_and_si256(words, _mm256_set1_epi32(0xFFFF)),
+                              _mm256_srli_epi32(words, 16)};
     __m256 values[2];
     for (int i = 0; i < 2; ++i) {
-      const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(codes[i], middle)), scale[upper]);
+      const __m256 product =
+          _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(codes[i], middle)), scale[upper]);
       values[i] = tamed<Element>(kAsymmetric ? _mm256_add_ps(product, zero[upper]) : product);
     }
     return table_words(Element{}, values[0], values[1]);
@@ -231,9 +245,11 @@ struct ReaderOf<Element, 8, kAsymmetric, kHalves> {
 };
 
 // A block of `count` < 64 elements: through buffers of whole blocks.
-// With kStream it is a multiple of 32 bytes. (A normal store to a line that is being streamed costs a thousand cycles.)
+// With kStream it is a multiple of 32 bytes. (A normal store to a line that is being streamed costs
+// a thousand cycles.)
 template <uint32_t kBits, bool kStream, typename Reader>
-KVC_OUTLINE void decode_tail(const Reader& reader, const uint8_t* source, uint32_t count, uint8_t* target) {
+KVC_OUTLINE void decode_tail(const Reader& reader, const uint8_t* source, uint32_t count,
+                             uint8_t* target) {
   const uint32_t bytes = (count + 8 / kBits - 1) / (8 / kBits);
   alignas(32) uint8_t packed[64] = {};
   alignas(32) uint8_t codes[64 + 32] = {};
@@ -241,20 +257,24 @@ KVC_OUTLINE void decode_tail(const Reader& reader, const uint8_t* source, uint32
   copy_short(packed, source, bytes);
   for (uint32_t k = 0; k < 8 / kBits; ++k) {
     for (uint32_t i = 0; i < bytes; i += 32) {
-      const __m256i shifted = _mm256_srl_epi16(load_vector(packed + i), _mm_cvtsi32_si128(static_cast<int>(k * kBits)));
-      const __m256i plane = _mm256_and_si256(shifted, _mm256_set1_epi8(static_cast<char>((1 << kBits) - 1)));
+      const __m256i shifted =
+          _mm256_srl_epi16(load_vector(packed + i), _mm_cvtsi32_si128(static_cast<int>(k * kBits)));
+      const __m256i plane =
+          _mm256_and_si256(shifted, _mm256_set1_epi8(static_cast<char>((1 << kBits) - 1)));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + k * bytes + i), plane);
     }
   }
   reader.decode_bytes(codes, false, elements);
   if (count > 32) reader.decode_bytes(codes + 32, true, elements + 64);
   if (!kStream) return copy_short(target, elements, count * 2);
-  for (uint32_t i = 0; i < count * 2; i += kVectorBytes) copy_vector<true>(target + i, elements + i);
+  for (uint32_t i = 0; i < count * 2; i += kVectorBytes)
+    copy_vector<true>(target + i, elements + i);
 }
 
 // Whole groups of `kPerGroup` blocks and nothing else: what most models have.
 template <typename Reader, uint32_t kPerGroup, bool kStream>
-KVC_INLINE void decode_whole_groups(Reader reader, uint32_t groups, const uint8_t* codes, uint8_t* target) {
+KVC_INLINE void decode_whole_groups(Reader reader, uint32_t groups, const uint8_t* codes,
+                                    uint8_t* target) {
   for (uint32_t group = 0; group < groups; ++group) {
     reader.load(group, groups);
     for (uint32_t block = 0; block < kPerGroup; ++block) {

@@ -9,8 +9,8 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-// Everything that could define an inline function is included before the target region: such a function compiled for
-// AVX-512 might become the one copy that the linker keeps for everybody.
+// Everything that could define an inline function is included before the target region: such a
+// function compiled for AVX-512 might become the one copy that the linker keeps for everybody.
 #include <immintrin.h>
 #include <limits.h>
 #include <stddef.h>
@@ -26,8 +26,9 @@
 #include "x86_token.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2"))), \
-                             apply_to = function)
+#pragma clang attribute push(                                                         \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2"))), \
+    apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2")
@@ -48,7 +49,8 @@ namespace {
 #include "x86_raw.h"
 #include "x86_choose.h"
 
-uint64_t encode_section(const SectionCodec& codec, const Rows& rows, const Rows* next, uint8_t* out) {
+uint64_t encode_section(const SectionCodec& codec, const Rows& rows, const Rows* next,
+                        uint8_t* out) {
   if (codec.kind == KVC_KIND_RAW) {
     encode_raw(codec, rows, next, out);
     return 0;
@@ -57,7 +59,8 @@ uint64_t encode_section(const SectionCodec& codec, const Rows& rows, const Rows*
     const ChooseTokenEncoder choose{TokenShape(codec, rows).halves};
     return encode_token_rows(with_codec(codec, choose), codec, rows, next, out);
   }
-  if (ChannelShape::covers(codec, rows)) return with_codec(codec, ChooseChannelEncoder{})(codec, rows, next, out);
+  if (ChannelShape::covers(codec, rows))
+    return with_codec(codec, ChooseChannelEncoder{})(codec, rows, next, out);
   return kScalarKernels.encode_section(codec, rows, next, out);
 }
 
@@ -71,7 +74,8 @@ void decode_section(const SectionCodec& codec, const uint8_t* in, const Rows& ro
     return;
   }
   if (ChannelShape::covers(codec, rows)) {
-    return with_codec(codec, ChooseChannelDecoder{rows_aligned(rows, rows.head_size * 2, 64)})(codec, in, rows);
+    return with_codec(codec, ChooseChannelDecoder{rows_aligned(rows, rows.head_size * 2, 64)})(
+        codec, in, rows);
   }
   kScalarKernels.decode_section(codec, in, rows);
 }

@@ -1,8 +1,10 @@
-// What per-channel sections need of AVX-512, for x86_channel.h: a column is 32 channels. Included by avx512.cpp inside
-// its target region and namespace.
+// What per-channel sections need of AVX-512, for x86_channel.h: a column is 32 channels. Included
+// by avx512.cpp inside its target region and namespace.
 
-using Words = __m512i;   // 32 elements of 16 bits
-using Dwords = __m512i;  // half a column in the order of widening: even or odd channels (bf16), or 16 in a row (fp16)
+// 32 elements of 16 bits.
+using Words = __m512i;
+// Half a column in the order of widening: even or odd channels (bf16), or 16 in a row (fp16).
+using Dwords = __m512i;
 using Floats = __m512;
 using Lanes = __mmask16;
 
@@ -38,7 +40,9 @@ KVC_INLINE void put_channels_in_order(const Dwords v[2], Dwords out[2]) {
   out[1] = Element::kEvenOdd ? _mm512_permutex2var_epi32(v[0], high, v[1]) : v[1];
 }
 
-KVC_INLINE __mmask16 first_dwords(uint32_t count) { return static_cast<__mmask16>(first_words(count)); }
+KVC_INLINE __mmask16 first_dwords(uint32_t count) {
+  return static_cast<__mmask16>(first_words(count));
+}
 
 template <typename Element>
 KVC_INLINE void store_column_words(const Dwords v[2], uint32_t channels, uint8_t* target) {
@@ -70,8 +74,8 @@ KVC_INLINE void load_column_words(const uint8_t* source, uint32_t channels, Dwor
 
 // ---- parameters
 
-// Smallest and largest element of each channel. Channels of one sign are common, so that their extreme of the smaller
-// magnitude is kept as well (see SmallestLargest).
+// Smallest and largest element of each channel. Channels of one sign are common, so that their
+// extreme of the smaller magnitude is kept as well (see SmallestLargest).
 struct ChannelRange {
   __m512i largest;
   __m512i smallest;
@@ -94,7 +98,8 @@ struct ChannelRange {
 };
 
 template <typename Element, bool kAsymmetric>
-KVC_INLINE void store_column_parameters(const Dwords stored[2], uint32_t channels, uint8_t* target) {
+KVC_INLINE void store_column_parameters(const Dwords stored[2], uint32_t channels,
+                                        uint8_t* target) {
   if (kAsymmetric) return store_column_words<Element>(stored, channels, target);
   __m512i words;
   if (Element::kEvenOdd) {
@@ -110,15 +115,18 @@ KVC_INLINE void store_column_parameters(const Dwords stored[2], uint32_t channel
 // `inside`: lanes of the first half of the column, 32 bits later of the second.
 template <typename Element>
 KVC_INLINE uint64_t count_outside(uint64_t inside, uint32_t channels) {
-  const uint64_t first = Element::kEvenOdd ? first_dwords((channels + 1) / 2) : first_dwords(channels);
+  const uint64_t first =
+      Element::kEvenOdd ? first_dwords((channels + 1) / 2) : first_dwords(channels);
   const uint64_t rest = Element::kEvenOdd ? channels / 2 : channels > 16 ? channels - 16 : 0;
-  const uint64_t present = first | static_cast<uint64_t>(first_dwords(static_cast<uint32_t>(rest))) << 32;
+  const uint64_t present = first | static_cast<uint64_t>(first_dwords(static_cast<uint32_t>(rest)))
+                                       << 32;
   return static_cast<uint64_t>(__builtin_popcountll(present & ~inside));
 }
 
 // Scales and zeros; true if no value can need clamping or be a NaN.
 template <typename Element, bool kAsymmetric>
-KVC_INLINE bool load_column_parameters(const uint8_t* source, uint32_t channels, Floats scale[2], Floats zero[2]) {
+KVC_INLINE bool load_column_parameters(const uint8_t* source, uint32_t channels, Floats scale[2],
+                                       Floats zero[2]) {
   Dwords stored[2];
   if (kAsymmetric) {
     load_column_words<Element>(source, channels, stored);
@@ -133,8 +141,10 @@ KVC_INLINE bool load_column_parameters(const uint8_t* source, uint32_t channels,
     scale[i] = _mm512_castsi512_ps(_mm512_andnot_si512(_mm512_set1_epi32(0xFFFF), stored[i]));
     zero[i] = kAsymmetric ? Element::widen(low) : _mm512_setzero_ps();
     const __m512i magnitude = _mm512_and_si512(low, _mm512_set1_epi32(0x7FFF));
-    tame &= _mm512_cmplt_epu32_mask(stored[i], _mm512_set1_epi32(static_cast<int>(scale_end<Element>() << 16)));
-    tame &= _mm512_cmplt_epu32_mask(magnitude, _mm512_set1_epi32(static_cast<int>(zero_end<Element>())));
+    tame &= _mm512_cmplt_epu32_mask(
+        stored[i], _mm512_set1_epi32(static_cast<int>(scale_end<Element>() << 16)));
+    tame &= _mm512_cmplt_epu32_mask(magnitude,
+                                    _mm512_set1_epi32(static_cast<int>(zero_end<Element>())));
   }
   return tame == 0xFFFF;
 }
@@ -155,12 +165,14 @@ KVC_INLINE Dwords join_word(const WordJoiner& bytes, const Dwords* q) {
       const Dwords pairs = _mm512_maddubs_epi16(four, _mm512_set1_epi16(1 + (256 << kBits)));
       joined[i] = _mm512_madd_epi16(pairs, _mm512_set1_epi32(1 + (65536 << 2 * kBits)));
     }
-    if (kBits == 4) return _mm512_mask_mov_epi16(joined[0], 0xAAAAAAAA, _mm512_slli_epi32(joined[1], 16));
+    if (kBits == 4)
+      return _mm512_mask_mov_epi16(joined[0], 0xAAAAAAAA, _mm512_slli_epi32(joined[1], 16));
     return bytes.join(joined[0], joined[1], joined[2], joined[3]);
   }
 }
 
-// Codes as floats, the middle one subtracted if symmetric. A permutation of a ramp converts, masks and subtracts.
+// Codes as floats, the middle one subtracted if symmetric. A permutation of a ramp converts, masks
+// and subtracts.
 template <uint32_t kBits, bool kAsymmetric>
 KVC_INLINE Floats code_values(Dwords word, uint32_t shift) {
   const __m512i code = shift == 0 ? word : _mm512_srli_epi32(word, shift);
@@ -169,8 +181,9 @@ KVC_INLINE Floats code_values(Dwords word, uint32_t shift) {
     const __m512i masked = shift == 24 ? code : _mm512_and_si512(code, _mm512_set1_epi32(0xFF));
     return _mm512_cvtepi32_ps(_mm512_sub_epi32(masked, _mm512_set1_epi32(kMiddle)));
   }
-  const __m512 ramp = kBits == 4 ? _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
-                                 : _mm512_setr_ps(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
+  const __m512 ramp = kBits == 4
+                          ? _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+                          : _mm512_setr_ps(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
   return _mm512_permutexvar_ps(code, _mm512_sub_ps(ramp, _mm512_set1_ps(kMiddle)));
 }
 
@@ -188,7 +201,8 @@ KVC_INLINE Floats exact_value(Floats code, Floats scale, Floats zero) {
 }
 
 template <typename Element, bool kStream>
-KVC_INLINE void store_column_values(uint8_t* target, uint32_t channels, Floats first, Floats second) {
+KVC_INLINE void store_column_values(uint8_t* target, uint32_t channels, Floats first,
+                                    Floats second) {
   __m512i words;
   if (Element::kEvenOdd) {
     const __m512i half = _mm512_set1_epi32(0x8000);

@@ -1,14 +1,17 @@
-// Per-token sections with AVX-512 (F, BW, VL, DQ). Included by avx512.cpp inside its target region and namespace.
+// Per-token sections with AVX-512 (F, BW, VL, DQ). Included by avx512.cpp inside its target region
+// and namespace.
 //
-// A block of 64 elements is two vectors of 16-bit elements. bf16 widens by a shift (even elements) and a mask (odd
-// elements), fp16 by a conversion (halves); the order of the four vectors of codes that results differs, and
-// join_codes() and the functions that store packed codes undo it.
+// A block of 64 elements is two vectors of 16-bit elements. bf16 widens by a shift (even elements)
+// and a mask (odd elements), fp16 by a conversion (halves); the order of the four vectors of codes
+// that results differs, and join_codes() and the functions that store packed codes undo it.
 
 struct Bf16 {
   static constexpr int kOutside = 0x7F00;  // 2^127
   static constexpr bool kEvenOdd = true;
 
-  static KVC_INLINE __m512 widen(__m512i words_low) { return _mm512_castsi512_ps(_mm512_slli_epi32(words_low, 16)); }
+  static KVC_INLINE __m512 widen(__m512i words_low) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(words_low, 16));
+  }
 
   // Four vectors of 16 floats: even and odd elements of `a`, then of `b`.
   static KVC_INLINE void widen_block(__m512i a, __m512i b, __m512 out[4]) {
@@ -34,7 +37,9 @@ struct Fp16 {
   static constexpr int kOutside = 0x7C00;  // infinity
   static constexpr bool kEvenOdd = false;
 
-  static KVC_INLINE __m512 widen(__m512i words_low) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words_low)); }
+  static KVC_INLINE __m512 widen(__m512i words_low) {
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words_low));
+  }
 
   // Elements 0-15 and 16-31 of `a`, then of `b`.
   static KVC_INLINE void widen_block(__m512i a, __m512i b, __m512 out[4]) {
@@ -81,7 +86,8 @@ struct Magnitude {
   __m512i value;
 
   Magnitude() = default;
-  explicit KVC_INLINE Magnitude(__m512i first) : value(_mm512_and_si512(first, _mm512_set1_epi16(0x7FFF))) {}
+  explicit KVC_INLINE Magnitude(__m512i first)
+      : value(_mm512_and_si512(first, _mm512_set1_epi16(0x7FFF))) {}
   KVC_INLINE void add(__m512i other) {
     value = _mm512_max_epi16(value, _mm512_and_si512(other, _mm512_set1_epi16(0x7FFF)));
   }
@@ -94,9 +100,9 @@ struct Magnitude {
   }
 };
 
-// Smallest and largest. Of sign-and-magnitude bits a signed maximum is the largest element if one is not negative, and
-// an unsigned maximum is the smallest if one is negative: two operations, where keys in numeric order would take two
-// more. Groups of one sign are put right later.
+// Smallest and largest. Of sign-and-magnitude bits a signed maximum is the largest element if one
+// is not negative, and an unsigned maximum is the smallest if one is negative: two operations,
+// where keys in numeric order would take two more. Groups of one sign are put right later.
 struct SmallestLargest {
   __m512i largest;
   __m512i smallest;
@@ -106,10 +112,11 @@ struct SmallestLargest {
     largest = _mm512_max_epi16(largest, other);
     smallest = _mm512_max_epu16(smallest, other);
   }
-  // The lower half belongs to the largest, the upper half to the smallest (its sign bit flipped, so that a signed
-  // maximum serves both from here on).
+  // The lower half belongs to the largest, the upper half to the smallest (its sign bit flipped, so
+  // that a signed maximum serves both from here on).
   KVC_INLINE __m512i half_reduced() const {
-    const __m512i flipped = _mm512_xor_si512(smallest, _mm512_set1_epi16(static_cast<short>(0x8000)));
+    const __m512i flipped =
+        _mm512_xor_si512(smallest, _mm512_set1_epi16(static_cast<short>(0x8000)));
     return _mm512_max_epi16(_mm512_shuffle_i64x2(largest, flipped, 0x44),
                             _mm512_shuffle_i64x2(largest, flipped, 0xEE));
   }
@@ -131,7 +138,8 @@ inline void find_group_extremes(const uint8_t* source, uint32_t count, uint8_t* 
 template <typename Extremes, uint32_t kVectors>
 void find_extremes_of_whole(const TokenShape& shape, TokenChunk& chunk) {
   uint8_t* target = chunk.extremes;
-  const uint32_t rows = chunk.rows;  // copies: a store might change the originals for all the compiler knows
+  const uint32_t rows =
+      chunk.rows;  // copies: a store might change the originals for all the compiler knows
   const uint32_t groups = shape.groups;
   for (uint32_t r = 0; r < rows; ++r) {
     const uint8_t* source = chunk.source[r];
@@ -153,7 +161,8 @@ void find_extremes(const TokenShape& shape, TokenChunk& chunk) {
   uint8_t* target = chunk.extremes;
   for (uint32_t r = 0; r < chunk.rows; ++r) {
     for (uint32_t g = 0; g < shape.groups; ++g, target += 64) {
-      find_group_extremes<Extremes>(chunk.source[r] + g * shape.group * 2, shape.group_elements(g), target);
+      find_group_extremes<Extremes>(chunk.source[r] + g * shape.group * 2, shape.group_elements(g),
+                                    target);
     }
   }
 }
@@ -177,8 +186,8 @@ KVC_INLINE __m512i max_of_doubles(__m512i a, __m512i b) {
 
 KVC_INLINE __m512i max_of_words(__m512i v) { return _mm512_max_epi16(v, _mm512_srli_epi32(v, 16)); }
 
-// Bits of the largest magnitude of 16 groups, one per 32-bit element. One tree for 16 groups takes six instructions a
-// group; reducing each on its own would take a dozen.
+// Bits of the largest magnitude of 16 groups, one per 32-bit element. One tree for 16 groups takes
+// six instructions a group; reducing each on its own would take a dozen.
 KVC_INLINE __m512i reduce_magnitudes(const uint8_t* extremes) {
   __m512i quarter[4];
   for (int i = 0; i < 4; ++i) {
@@ -186,7 +195,8 @@ KVC_INLINE __m512i reduce_magnitudes(const uint8_t* extremes) {
     for (int k = 0; k < 2; ++k) {
       const __m512i a = _mm512_load_si512(extremes + (4 * i + 2 * k) * 64);
       const __m512i b = _mm512_load_si512(extremes + (4 * i + 2 * k + 1) * 64);
-      half[k] = _mm512_max_epi16(_mm512_shuffle_i64x2(a, b, 0x44), _mm512_shuffle_i64x2(a, b, 0xEE));
+      half[k] =
+          _mm512_max_epi16(_mm512_shuffle_i64x2(a, b, 0x44), _mm512_shuffle_i64x2(a, b, 0xEE));
     }
     quarter[i] = max_of_lane_pairs(half[0], half[1]);
   }
@@ -197,14 +207,16 @@ KVC_INLINE __m512i reduce_magnitudes(const uint8_t* extremes) {
 }
 
 // Bits of the largest and the smallest element of 16 groups that hold both signs.
-KVC_INLINE void reduce_smallest_largest(const uint8_t* extremes, __m512i* smallest, __m512i* largest) {
+KVC_INLINE void reduce_smallest_largest(const uint8_t* extremes, __m512i* smallest,
+                                        __m512i* largest) {
   __m512i part[2];
   for (int j = 0; j < 2; ++j) {
     __m512i quad[2];
     for (int i = 0; i < 2; ++i) {
       const uint8_t* at = extremes + (8 * j + 4 * i) * 64;
-      quad[i] = max_of_quads(max_of_lane_pairs(_mm512_load_si512(at), _mm512_load_si512(at + 64)),
-                             max_of_lane_pairs(_mm512_load_si512(at + 128), _mm512_load_si512(at + 192)));
+      quad[i] =
+          max_of_quads(max_of_lane_pairs(_mm512_load_si512(at), _mm512_load_si512(at + 64)),
+                       max_of_lane_pairs(_mm512_load_si512(at + 128), _mm512_load_si512(at + 192)));
     }
     part[j] = max_of_words(max_of_doubles(quad[0], quad[1]));
   }
@@ -217,10 +229,10 @@ KVC_INLINE void reduce_smallest_largest(const uint8_t* extremes, __m512i* smalle
   *smallest = _mm512_xor_si512(*smallest, _mm512_set1_epi32(0x8000));
 }
 
-// All elements of one sign: what the reduction took for one extreme is the other one again. The smallest bits are right
-// for both signs.
-inline void correct_single_sign(const TokenShape& shape, const TokenChunk& chunk, uint32_t first, __mmask16 which,
-                                __m512i* smallest, __m512i* largest) {
+// All elements of one sign: what the reduction took for one extreme is the other one again. The
+// smallest bits are right for both signs.
+inline void correct_single_sign(const TokenShape& shape, const TokenChunk& chunk, uint32_t first,
+                                __mmask16 which, __m512i* smallest, __m512i* largest) {
   alignas(64) uint32_t low[16];
   alignas(64) uint32_t high[16];
   _mm512_store_si512(low, *smallest);
@@ -235,13 +247,16 @@ inline void correct_single_sign(const TokenShape& shape, const TokenChunk& chunk
   *largest = _mm512_load_si512(high);
 }
 
-// Scales of 16 groups from their extents (largest magnitude or range), rounded up to bf16 and no smaller than 2^-126.
+// Scales of 16 groups from their extents (largest magnitude or range), rounded up to bf16 and no
+// smaller than 2^-126.
 KVC_INLINE __m512i scales_of(__m512 extent, __m512 factor, __mmask16 inside, __m512* inverse) {
-  const __m512i up = _mm512_add_epi32(_mm512_castps_si512(_mm512_mul_ps(extent, factor)), _mm512_set1_epi32(0xFFFF));
+  const __m512i up = _mm512_add_epi32(_mm512_castps_si512(_mm512_mul_ps(extent, factor)),
+                                      _mm512_set1_epi32(0xFFFF));
   const __mmask16 positive = _mm512_cmp_ps_mask(extent, _mm512_setzero_ps(), _CMP_NEQ_UQ);
   const __m512i cut = _mm512_and_si512(up, _mm512_set1_epi32(static_cast<int>(0xFFFF0000)));
   __m512i scale = _mm512_maskz_max_epi32(positive, cut, _mm512_set1_epi32(0x00800000));
-  *inverse = _mm512_maskz_div_ps(positive & inside, _mm512_set1_ps(1.0f), _mm512_castsi512_ps(scale));
+  *inverse =
+      _mm512_maskz_div_ps(positive & inside, _mm512_set1_ps(1.0f), _mm512_castsi512_ps(scale));
   return _mm512_mask_mov_epi32(_mm512_set1_epi32(0x7FC00000), inside, scale);
 }
 
@@ -258,7 +273,8 @@ KVC_INLINE GroupParameters magnitude_parameters(__m512i bits) {
   GroupParameters p;
   p.inside = _mm512_cmplt_epi32_mask(bits, _mm512_set1_epi32(Element::kOutside));
   p.zero = _mm512_setzero_ps();
-  p.stored = scales_of(Element::widen(bits), _mm512_set1_ps(symmetric_factor(kBits)), p.inside, &p.inverse);
+  p.stored = scales_of(Element::widen(bits), _mm512_set1_ps(symmetric_factor(kBits)), p.inside,
+                       &p.inverse);
   return p;
 }
 
@@ -272,17 +288,20 @@ KVC_INLINE GroupParameters range_parameters(__m512i smallest, __m512i largest) {
   const __m512i zero_bits = _mm512_maskz_mov_epi32(p.inside, smallest);
   p.zero = Element::widen(zero_bits);
   const __m512 extent = _mm512_sub_ps(Element::widen(largest), p.zero);
-  const __m512i scale = scales_of(extent, _mm512_set1_ps(asymmetric_factor(kBits)), p.inside, &p.inverse);
+  const __m512i scale =
+      scales_of(extent, _mm512_set1_ps(asymmetric_factor(kBits)), p.inside, &p.inverse);
   p.stored = _mm512_or_si512(scale, zero_bits);
   return p;
 }
 
 template <typename Element, uint32_t kBits>
-KVC_INLINE GroupParameters token_range_parameters(const TokenShape& shape, const TokenChunk& chunk, uint32_t first) {
+KVC_INLINE GroupParameters token_range_parameters(const TokenShape& shape, const TokenChunk& chunk,
+                                                  uint32_t first) {
   __m512i smallest, largest;
   reduce_smallest_largest(chunk.extremes + first * 64, &smallest, &largest);
   const __m512i sign = _mm512_set1_epi32(0x8000);
-  const __mmask16 single = _mm512_test_epi32_mask(largest, sign) | _mm512_testn_epi32_mask(smallest, sign);
+  const __mmask16 single =
+      _mm512_test_epi32_mask(largest, sign) | _mm512_testn_epi32_mask(smallest, sign);
   if (__builtin_expect(single != 0, false)) {
     correct_single_sign(shape, chunk, first, single, &smallest, &largest);
   }

@@ -1,8 +1,8 @@
-// Decoding per-token rows with AVX-512. Included by avx512.cpp inside its target region and namespace, after
-// avx512_token.h.
+// Decoding per-token rows with AVX-512. Included by avx512.cpp inside its target region and
+// namespace, after avx512_token.h.
 //
-// Codes of 4 and 2 bits are looked up: a group has at most 16 values, so each is computed and rounded once, and a
-// permutation of 16-bit words takes the place of arithmetic per element.
+// Codes of 4 and 2 bits are looked up: a group has at most 16 values, so each is computed and
+// rounded once, and a permutation of 16-bit words takes the place of arithmetic per element.
 
 template <bool kStream>
 KVC_INLINE void store_vector(uint8_t* target, __m512i v) {
@@ -38,11 +38,12 @@ struct GroupValues {
     scale_bits = static_cast<uint16_t>(bits >> 16);
     zero_bits = static_cast<uint16_t>(bits);
     scale = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(bits & 0xFFFF0000)));
-    zero = kAsymmetric ? Element::widen(_mm512_set1_epi32(static_cast<int>(bits & 0xFFFF))) : _mm512_setzero_ps();
+    zero = kAsymmetric ? Element::widen(_mm512_set1_epi32(static_cast<int>(bits & 0xFFFF)))
+                       : _mm512_setzero_ps();
   }
 
-  // `codes` as floats, the middle code subtracted if symmetric. The product is exact unless it overflows, which a fused
-  // operation would hide.
+  // `codes` as floats, the middle code subtracted if symmetric. The product is exact unless it
+  // overflows, which a fused operation would hide.
   KVC_INLINE __m512 value(__m512 codes) const {
     const __m512 product = _mm512_mul_ps(scale, codes);
     return kAsymmetric ? _mm512_add_ps(zero, product) : product;
@@ -64,24 +65,27 @@ KVC_OUTLINE __m512i table_of_any(__m512 values) {
   return _mm512_broadcast_i64x4(Element::narrow(clamp<Element>(values)));
 }
 
-// The values of all codes of a group as 16-bit words, twice (2 bits: eight times), so that only the low bits of an
-// index count.
+// The values of all codes of a group as 16-bit words, twice (2 bits: eight times), so that only the
+// low bits of an index count.
 template <typename Element, uint32_t kBits, bool kAsymmetric>
 KVC_INLINE __m512i table_of(const uint8_t* parameter) {
   const GroupValues<Element, kAsymmetric> group(parameter);
   constexpr float kMiddle = kAsymmetric ? 0 : 1 << (kBits - 1);
-  const __m512 codes = kBits == 4 ? _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
-                                  : _mm512_setr_ps(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
+  const __m512 codes = kBits == 4
+                           ? _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+                           : _mm512_setr_ps(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
   const __m512 values = group.value(_mm512_sub_ps(codes, _mm512_set1_ps(kMiddle)));
   if (__builtin_expect(!is_tame<Element>(group.scale_bits, group.zero_bits), false)) {
     return table_of_any<Element>(values);
   }
   if (!Element::kEvenOdd) {
-    return _mm512_broadcast_i64x4(_mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return _mm512_broadcast_i64x4(
+        _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
   // One permutation takes the upper halves and repeats them.
-  const __m512i uppers = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 31, 29, 27, 25,
-                                          23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  const __m512i uppers =
+      _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 31, 29, 27, 25,
+                       23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
   const __m512i up = _mm512_add_epi32(_mm512_castps_si512(values), _mm512_set1_epi32(0x8000));
   return _mm512_permutexvar_epi16(uppers, up);
 }
@@ -135,7 +139,8 @@ struct ByteReader {
 
   const uint8_t* parameters;
   __m512 scale[2];
-  __m512 zero[2];  // plus scale * (first code), so that a fused multiply-add of the code itself is the value
+  // With -128 * scale if symmetric: a fused multiply-add of the code itself is then the value.
+  __m512 zero[2];
   bool plain[2];
 
   KVC_INLINE void load(uint32_t group, uint32_t last) {
@@ -159,8 +164,9 @@ struct ByteReader {
     if (!Element::kEvenOdd) {
       const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(codes));
       const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(codes, 1));
-      return concatenate(_mm512_cvtps_ph(value(low, upper), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
-                         _mm512_cvtps_ph(value(high, upper), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+      return concatenate(
+          _mm512_cvtps_ph(value(low, upper), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
+          _mm512_cvtps_ph(value(high, upper), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
     const __m512i half = _mm512_set1_epi32(0x8000);
     const __m512i even = _mm512_and_si512(codes, _mm512_set1_epi32(0xFFFF));
@@ -193,7 +199,8 @@ struct ByteReader {
   KVC_OUTLINE __m512i decode_exactly(__m512i codes, bool upper) const {
     __m256i out[2];
     for (int i = 0; i < 2; ++i) {
-      const __m256i words = i == 0 ? _mm512_castsi512_si256(codes) : _mm512_extracti64x4_epi64(codes, 1);
+      const __m256i words =
+          i == 0 ? _mm512_castsi512_si256(codes) : _mm512_extracti64x4_epi64(codes, 1);
       const __m512i integers =
           _mm512_sub_epi32(_mm512_cvtepu16_epi32(words), _mm512_set1_epi32(kAsymmetric ? 0 : 128));
       const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(integers), scale[upper]);
@@ -245,7 +252,8 @@ struct TailOrder {
       second = _mm512_and_si512(
           _mm512_srlv_epi16(_mm512_permutexvar_epi16(from[1], words), shift[1]), code_mask);
     }
-    _mm512_mask_storeu_epi16(target + 64, first_words(count - 32), reader.decode_words(second, true));
+    _mm512_mask_storeu_epi16(target + 64, first_words(count - 32),
+                             reader.decode_words(second, true));
   }
 };
 
@@ -260,7 +268,8 @@ struct ReaderOf<Element, 8, kAsymmetric, kHalves> {
 
 // Whole groups of `kPerGroup` blocks and nothing else: what most models have.
 template <typename Reader, uint32_t kPerGroup, bool kStream>
-KVC_INLINE void decode_whole_groups(Reader reader, uint32_t groups, const uint8_t* codes, uint8_t* target) {
+KVC_INLINE void decode_whole_groups(Reader reader, uint32_t groups, const uint8_t* codes,
+                                    uint8_t* target) {
   for (uint32_t group = 0; group < groups; ++group) {
     reader.load(group, groups);
     for (uint32_t block = 0; block < kPerGroup; ++block) {

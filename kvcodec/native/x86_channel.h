@@ -1,10 +1,11 @@
-// Per-channel sections of 16-bit elements. Included by avx2.cpp and avx512.cpp inside their target regions and
-// namespaces, after what differs: avx2_lanes.h or avx512_lanes.h.
+// Per-channel sections of 16-bit elements. Included by avx2.cpp and avx512.cpp inside their target
+// regions and namespaces, after what differs: avx2_lanes.h or avx512_lanes.h.
 //
-// The work is cut into units: one head, one group of tokens, and a segment of up to kSegment vectors ("columns") of
-// channels. An encoder reads the rows of a unit once, keeps the extremes of all its channels in registers and copies the
-// rows into a scratch: strided rows fall on few cache sets, and the second pass would not find them again. What does
-// not depend on element type and width is not compiled for each of them.
+// The work is cut into units: one head, one group of tokens, and a segment of up to kSegment
+// vectors ("columns") of channels. An encoder reads the rows of a unit once, keeps the extremes of
+// all its channels in registers and copies the rows into a scratch: strided rows fall on few cache
+// sets, and the second pass would not find them again. What does not depend on element type and
+// width is not compiled for each of them.
 
 constexpr uint32_t kSegment = 4;
 constexpr uint32_t kScratchTokens = 128;
@@ -15,14 +16,14 @@ KVC_INLINE uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
 class UnitWalk;
 
 struct ChannelShape {
-  uint32_t group;             // tokens
+  uint32_t group;  // tokens
   uint32_t groups;
-  uint32_t per_word;          // codes
-  size_t parameter_bytes;     // of a channel
-  size_t group_parameters;    // bytes of a head and token group
-  size_t word_bytes;          // of all channels
-  size_t head_codes;          // bytes
-  size_t codes;               // offset of the codes in the section
+  uint32_t per_word;        // codes
+  size_t parameter_bytes;   // of a channel
+  size_t group_parameters;  // bytes of a head and token group
+  size_t word_bytes;        // of all channels
+  size_t head_codes;        // bytes
+  size_t codes;             // offset of the codes in the section
 
   ChannelShape(const SectionCodec& codec, const Rows& rows)
       : group(codec.group_size),
@@ -32,14 +33,17 @@ struct ChannelShape {
         group_parameters(rows.head_size * parameter_bytes),
         word_bytes(static_cast<size_t>(rows.head_size) * 4),
         head_codes((rows.token_count + per_word - 1) / per_word * word_bytes),
-        codes(pad64(kvc::parameter_bytes(codec, rows.head_count, rows.token_count, rows.head_size))) {}
+        codes(
+            pad64(kvc::parameter_bytes(codec, rows.head_count, rows.token_count, rows.head_size))) {
+  }
 
   // Offsets of the parameters and the codes of a unit in the section.
   size_t parameters_of(const UnitWalk& unit) const;
   size_t codes_of(const UnitWalk& unit) const;
 
   static bool covers(const SectionCodec& codec, const Rows& rows) {
-    if (codec.kind != KVC_KIND_INT || !codec.channel || rows.head_size % kChannelMultiple != 0) return false;
+    if (codec.kind != KVC_KIND_INT || !codec.channel || rows.head_size % kChannelMultiple != 0)
+      return false;
     if (codec.dtype != KVC_BF16 && codec.dtype != KVC_FP16) return false;
     // No word holds codes of two groups.
     return codec.group_size == rows.token_count || codec.group_size * codec.bits % 32 == 0;
@@ -51,11 +55,13 @@ class UnitWalk {
  public:
   uint32_t head = 0;
   uint32_t group = 0;
-  uint32_t channel = 0;   // the first one
-  uint32_t columns = 0;   // 0: no more units
+  uint32_t channel = 0;  // the first one
+  uint32_t columns = 0;  // 0: no more units
   uint32_t tokens = 0;
 
-  UnitWalk(const Rows& rows, const ChannelShape& shape) : rows_(rows), group_size_(shape.group) { settle(); }
+  UnitWalk(const Rows& rows, const ChannelShape& shape) : rows_(rows), group_size_(shape.group) {
+    settle();
+  }
 
   uint32_t first_token() const { return group * group_size_; }
   uint32_t channels() const {
@@ -94,11 +100,13 @@ class UnitWalk {
 };
 
 inline size_t ChannelShape::parameters_of(const UnitWalk& unit) const {
-  return (static_cast<size_t>(unit.head) * groups + unit.group) * group_parameters + unit.channel * parameter_bytes;
+  return (static_cast<size_t>(unit.head) * groups + unit.group) * group_parameters +
+         unit.channel * parameter_bytes;
 }
 
 inline size_t ChannelShape::codes_of(const UnitWalk& unit) const {
-  return codes + unit.head * head_codes + unit.first_token() / per_word * word_bytes + unit.channel * 4;
+  return codes + unit.head * head_codes + unit.first_token() / per_word * word_bytes +
+         unit.channel * 4;
 }
 
 // The unit after the current one, be it in the next section, to prefetch row by row.
@@ -106,8 +114,11 @@ class UnitAhead {
  public:
   UnitAhead(const UnitWalk& current, const ChannelShape& shape, const Rows* next) : unit_(current) {
     unit_.advance();
-    if (unit_.columns == 0 && next != nullptr && next->token_count != 0) unit_ = UnitWalk(*next, shape);
-    left_ = unit_.columns == 0 ? 0 : unit_.tokens < kPrefetchTokens ? unit_.tokens : kPrefetchTokens;
+    if (unit_.columns == 0 && next != nullptr && next->token_count != 0)
+      unit_ = UnitWalk(*next, shape);
+    left_ = unit_.columns == 0               ? 0
+            : unit_.tokens < kPrefetchTokens ? unit_.tokens
+                                             : kPrefetchTokens;
     if (left_ != 0) row_ = unit_.row();
   }
 
@@ -143,10 +154,11 @@ struct EncodedUnit {
 
 // ---- encoding, first pass
 
-// Copies rows into the scratch and keeps their extremes. A third of the prefetches of a unit goes with this pass, which
-// takes about a third of the time.
+// Copies rows into the scratch and keeps their extremes. A third of the prefetches of a unit goes
+// with this pass, which takes about a third of the time.
 template <typename Extremes, uint32_t kColumns>
-void read_columns(const UnitWalk& unit, uint32_t first, uint32_t tokens, UnitAhead& ahead, EncodedUnit<Extremes>& work) {
+void read_columns(const UnitWalk& unit, uint32_t first, uint32_t tokens, UnitAhead& ahead,
+                  EncodedUnit<Extremes>& work) {
   const uint32_t channels = kColumns == 1 ? unit.channels() : kColumn;
   const uint8_t* row = unit.row() + first * unit.stride();
   uint8_t* copy = work.scratch;
@@ -167,8 +179,10 @@ void read_columns(const UnitWalk& unit, uint32_t first, uint32_t tokens, UnitAhe
 }
 
 template <typename Extremes>
-void read_rows(const UnitWalk& unit, uint32_t first, uint32_t tokens, UnitAhead& ahead, EncodedUnit<Extremes>& work) {
-  if (unit.columns == kSegment) return read_columns<Extremes, kSegment>(unit, first, tokens, ahead, work);
+void read_rows(const UnitWalk& unit, uint32_t first, uint32_t tokens, UnitAhead& ahead,
+               EncodedUnit<Extremes>& work) {
+  if (unit.columns == kSegment)
+    return read_columns<Extremes, kSegment>(unit, first, tokens, ahead, work);
   if (unit.columns == 2) return read_columns<Extremes, 2>(unit, first, tokens, ahead, work);
   read_columns<Extremes, 1>(unit, first, tokens, ahead, work);
 }
@@ -196,7 +210,8 @@ uint64_t store_unit_parameters(const UnitWalk& unit, EncodedUnit<Extremes>& work
       stored[i] = p.stored;
       inside |= lane_bits(p.inside) << 32 * i;
     }
-    store_column_parameters<Element, kAsymmetric>(stored, channels, work.parameters + c * kColumn * (kAsymmetric ? 4 : 2));
+    store_column_parameters<Element, kAsymmetric>(
+        stored, channels, work.parameters + c * kColumn * (kAsymmetric ? 4 : 2));
     outside += count_outside<Element>(inside, channels);
   }
   return outside;
@@ -205,8 +220,9 @@ uint64_t store_unit_parameters(const UnitWalk& unit, EncodedUnit<Extremes>& work
 // ---- encoding, second pass
 
 template <typename Element, uint32_t kBits, bool kAsymmetric, typename Column>
-KVC_INLINE void store_word(const WordJoiner& joiner, const uint8_t* row, size_t row_bytes, const Column& column, uint32_t word_mask,
-                           uint32_t channels, uint8_t* target) {
+KVC_INLINE void store_word(const WordJoiner& joiner, const uint8_t* row, size_t row_bytes,
+                           const Column& column, uint32_t word_mask, uint32_t channels,
+                           uint8_t* target) {
   using P = Packer<Element, kBits, kAsymmetric, false>;
   Dwords q[2][32 / kBits];
   for (uint32_t k = 0; k < 32 / kBits; ++k, row += row_bytes) {
@@ -215,13 +231,15 @@ KVC_INLINE void store_word(const WordJoiner& joiner, const uint8_t* row, size_t 
     for (int i = 0; i < 2; ++i) q[i][k] = P::quantise(x[i], column.inverse[i], column.zero[i]);
   }
   Dwords words[2];
-  for (int i = 0; i < 2; ++i) words[i] = keep_bits(keep_lanes(join_word<kBits>(joiner, q[i]), column.inside[i]), word_mask);
+  for (int i = 0; i < 2; ++i)
+    words[i] = keep_bits(keep_lanes(join_word<kBits>(joiner, q[i]), column.inside[i]), word_mask);
   store_column_words<Element>(words, channels, target);
 }
 
 // Codes of the tokens in the scratch.
 template <typename Element, uint32_t kBits, bool kAsymmetric, typename Extremes>
-void store_codes(const UnitWalk& unit, uint32_t first, uint32_t tokens, UnitAhead& ahead, EncodedUnit<Extremes>& work) {
+void store_codes(const UnitWalk& unit, uint32_t first, uint32_t tokens, UnitAhead& ahead,
+                 EncodedUnit<Extremes>& work) {
   constexpr uint32_t kPerWord = 32 / kBits;
   const uint32_t channels = unit.columns == 1 ? unit.channels() : kColumn;
   const size_t row_bytes = unit.columns * kVectorBytes;
@@ -234,14 +252,16 @@ void store_codes(const UnitWalk& unit, uint32_t first, uint32_t tokens, UnitAhea
     ahead.fetch(kPerWord);
 #pragma GCC unroll 1
     for (uint32_t c = 0; c < unit.columns; ++c) {
-      store_word<Element, kBits, kAsymmetric>(joiner, row + c * kVectorBytes, row_bytes, work.column[c], word_mask, channels,
+      store_word<Element, kBits, kAsymmetric>(joiner, row + c * kVectorBytes, row_bytes,
+                                              work.column[c], word_mask, channels,
                                               target + c * kColumn * 4);
     }
   }
 }
 
 template <typename Element, uint32_t kBits, bool kAsymmetric>
-uint64_t encode_channel_units(const SectionCodec& codec, const Rows& rows, const Rows* next, uint8_t* out) {
+uint64_t encode_channel_units(const SectionCodec& codec, const Rows& rows, const Rows* next,
+                              uint8_t* out) {
   using Extremes = typename std::conditional<kAsymmetric, ChannelRange, Magnitude>::type;
   const ChannelShape shape(codec, rows);
   clear_padding(codec, rows, out);
@@ -277,8 +297,8 @@ struct DecodedUnit {
 
 // Any parameters, any number of tokens in the word.
 template <typename Element, uint32_t kBits, bool kAsymmetric, bool kStream>
-void decode_any_word(const UnitWalk& unit, const DecodedUnit& work, const uint8_t* source, uint8_t* target,
-                     uint32_t tokens) {
+void decode_any_word(const UnitWalk& unit, const DecodedUnit& work, const uint8_t* source,
+                     uint8_t* target, uint32_t tokens) {
   const uint32_t channels = unit.columns == 1 ? unit.channels() : kColumn;
 #pragma GCC unroll 1
   for (uint32_t k = 0; k < tokens; ++k, target += unit.stride()) {
@@ -296,11 +316,11 @@ void decode_any_word(const UnitWalk& unit, const DecodedUnit& work, const uint8_
   }
 }
 
-// A full word of `kTogether` columns, a line of each row at once: lines written in parts leave the write-combining
-// buffers half empty.
+// A full word of `kTogether` columns, a line of each row at once: lines written in parts leave the
+// write-combining buffers half empty.
 template <typename Element, uint32_t kBits, bool kAsymmetric, bool kStream, uint32_t kTogether>
-KVC_INLINE void decode_word(const UnitWalk& unit, const DecodedUnit& work, const uint8_t* source, uint8_t* target,
-                            uint32_t c) {
+KVC_INLINE void decode_word(const UnitWalk& unit, const DecodedUnit& work, const uint8_t* source,
+                            uint8_t* target, uint32_t c) {
   const uint32_t channels = kTogether == 1 && unit.columns == 1 ? unit.channels() : kColumn;
   Dwords words[kTogether][2];
   for (uint32_t j = 0; j < kTogether; ++j) {
@@ -354,8 +374,8 @@ void decode_channel_units(const SectionCodec& codec, const uint8_t* in, const Ro
     const uint8_t* source = in + shape.parameters_of(unit);
     bool tame = true;
     for (uint32_t c = 0; c < unit.columns; ++c) {
-      tame &= load_column_parameters<Element, kAsymmetric>(source + c * kColumn * (kAsymmetric ? 4 : 2), channels,
-                                                           work.scale[c], work.zero[c]);
+      tame &= load_column_parameters<Element, kAsymmetric>(
+          source + c * kColumn * (kAsymmetric ? 4 : 2), channels, work.scale[c], work.zero[c]);
     }
     decode_unit<Element, kBits, kAsymmetric, kStream>(unit, work, tame, behind);
   }

@@ -1,10 +1,11 @@
-// From a codec to the kernels for it. Included by avx2.cpp and avx512.cpp inside their target regions and namespaces,
-// after the kernels, whose names are the same in both.
+// From a codec to the kernels for it. Included by avx2.cpp and avx512.cpp inside their target
+// regions and namespaces, after the kernels, whose names are the same in both.
 
 // Calls use.template call<Element, bits, asymmetric>() for the codec.
 template <typename Element, uint32_t kBits, typename Use>
 auto with_symmetry(const SectionCodec& codec, Use use) {
-  return codec.asymmetric ? use.template call<Element, kBits, true>() : use.template call<Element, kBits, false>();
+  return codec.asymmetric ? use.template call<Element, kBits, true>()
+                          : use.template call<Element, kBits, false>();
 }
 
 template <typename Element, typename Use>

@@ -1,8 +1,10 @@
-// Raw sections and plain copies. Included by avx2.cpp and avx512.cpp inside their target regions and namespaces, after
-// kVectorBytes, copy_vector<stream>(target, source) and copy_rest(target, source, bytes).
+// Raw sections and plain copies. Included by avx2.cpp and avx512.cpp inside their target regions
+// and namespaces, after kVectorBytes, copy_vector<stream>(target, source) and copy_rest(target,
+// source, bytes).
 
-// Whole lines of the target go past the caches: they are not read first, which makes such a copy faster than memcpy. The
-// ends are stored as usual, for a line must not be written both ways. Needs a store fence afterwards.
+// Whole lines of the target go past the caches: they are not read first, which makes such a copy
+// faster than memcpy. The ends are stored as usual, for a line must not be written both ways. Needs
+// a store fence afterwards.
 inline void stream_bytes(uint8_t* target, const uint8_t* source, size_t bytes) {
   const size_t skew = (64 - reinterpret_cast<uintptr_t>(target) % 64) % 64;
   if (bytes < 256 && (skew | bytes % 64) != 0) {
@@ -55,7 +57,8 @@ void encode_raw(const SectionCodec& codec, const Rows& rows, const Rows* next, u
     const uint32_t count = walk.take(source, index, kMaxChunkRows);
     if (count == 0) break;
     for (uint32_t r = 0; r < count; ++r) {
-      for (size_t i = 0; i < prefetched; i += 64) prefetch(source[r], offset + static_cast<int64_t>(i));
+      for (size_t i = 0; i < prefetched; i += 64)
+        prefetch(source[r], offset + static_cast<int64_t>(i));
       copy_bytes(out + index[r] * row_bytes, source[r], row_bytes);
     }
   }

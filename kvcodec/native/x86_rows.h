@@ -1,5 +1,6 @@
-// Walking the rows of a section in the order of their memory. Plain code, shared by the x86 kernels; internal linkage,
-// because every file that includes it is compiled for another instruction set.
+// Walking the rows of a section in the order of their memory. Plain code, shared by the x86
+// kernels; internal linkage, because every file that includes it is compiled for another
+// instruction set.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +8,8 @@
 
 #include "kernels.h"
 
-// For the parts of inner loops: what the compiler leaves out of line there costs more than all else.
+// For the parts of inner loops: what the compiler leaves out of line there costs more than all
+// else.
 #define KVC_INLINE inline __attribute__((always_inline))
 // And for what is rare there: inlined, it takes registers from the rest.
 #define KVC_OUTLINE __attribute__((noinline))
@@ -16,7 +18,9 @@ namespace kvc {
 namespace {
 
 // Into the second-level cache. There need not be anything.
-KVC_INLINE void prefetch(uintptr_t address) { __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2); }
+KVC_INLINE void prefetch(uintptr_t address) {
+  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2);
+}
 
 KVC_INLINE void prefetch(const uint8_t* base, int64_t offset) {
   prefetch(reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(offset));
@@ -26,13 +30,14 @@ inline uint64_t magnitude_of(int64_t stride) {
   return stride < 0 ? 0 - static_cast<uint64_t>(stride) : static_cast<uint64_t>(stride);
 }
 
-// Token by token where the heads of a token are neighbours (runs of heads * row bytes), otherwise head by head.
+// Token by token where the heads of a token are neighbours (runs of heads * row bytes), otherwise
+// head by head.
 inline bool heads_are_neighbours(const Rows& rows) {
   return rows.head_count > 1 && magnitude_of(rows.head_stride) < magnitude_of(rows.token_stride);
 }
 
-// The address of one row after the other, in runs of a constant step: the heads of a token (of one head group), or the
-// tokens of a head.
+// The address of one row after the other, in runs of a constant step: the heads of a token (of one
+// head group), or the tokens of a head.
 class RowWalk {
  public:
   explicit RowWalk(const Rows& rows) : rows_(&rows), heads_inner_(heads_are_neighbours(rows)) {
@@ -51,7 +56,8 @@ class RowWalk {
   bool ended() const { return left_ == 0; }
   const uint8_t* address() const { return address_; }
 
-  // Addresses and indices (head * token_count + token) of the next rows: how many there are, at most `count`.
+  // Addresses and indices (head * token_count + token) of the next rows: how many there are, at
+  // most `count`.
   uint32_t take(const uint8_t** addresses, size_t* indices, uint32_t count) {
     const uint8_t* address = address_;
     size_t index = index_;
@@ -92,7 +98,7 @@ class RowWalk {
  private:
   const Rows* rows_;
   bool heads_inner_;
-  bool regular_;  // one head group: from run to run it is one step
+  bool regular_;       // one head group: from run to run it is one step
   uint32_t head_ = 0;  // of the first row of the run; kept if not regular
   uint32_t token_ = 0;
   uint32_t left_;  // rows of this run; 0: no more rows
@@ -137,8 +143,9 @@ class RowWalk {
   }
 };
 
-// How far in memory the rows lie that will be read some time after the current ones, be it in the section that the
-// worker does next: the hardware prefetchers see neither the jumps of a strided section nor the start of the next one.
+// How far in memory the rows lie that will be read some time after the current ones, be it in the
+// section that the worker does next: the hardware prefetchers see neither the jumps of a strided
+// section nor the start of the next one.
 class RowsAhead {
  public:
   RowsAhead(const Rows& rows, const Rows* next, uint64_t distance) : walk_(rows), next_(next) {
@@ -168,15 +175,18 @@ class RowsAhead {
   }
 };
 
-// A page is decoded section by section, and the next one lies behind this one: fetched while this one is written, its
-// checksum finds it in the second-level cache. (Behind the last section this reads some lines in vain.)
+// A page is decoded section by section, and the next one lies behind this one: fetched while this
+// one is written, its checksum finds it in the second-level cache. (Behind the last section this
+// reads some lines in vain.)
 class BytesBehind {
  public:
   BytesBehind(const SectionCodec& codec, const uint8_t* in, const Rows& rows) {
-    const size_t parameters = parameter_bytes(codec, rows.head_count, rows.token_count, rows.head_size);
+    const size_t parameters =
+        parameter_bytes(codec, rows.head_count, rows.token_count, rows.head_size);
     const size_t codes = code_bytes(codec, rows.head_count, rows.token_count, rows.head_size);
     at_ = reinterpret_cast<uintptr_t>(in) + pad64(pad64(parameters) + codes);
-    row_bytes_ = (at_ - reinterpret_cast<uintptr_t>(in)) / (static_cast<uint64_t>(rows.head_count) * rows.token_count);
+    row_bytes_ = (at_ - reinterpret_cast<uintptr_t>(in)) /
+                 (static_cast<uint64_t>(rows.head_count) * rows.token_count);
   }
 
   // The share of `count` rows.

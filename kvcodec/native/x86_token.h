@@ -1,5 +1,6 @@
-// Per-token sections on x86: which shapes the vector kernels cover, and the loops over rows around them. The loops are
-// plain code; a chunk of rows is large enough that calling the kernels through pointers costs nothing.
+// Per-token sections on x86: which shapes the vector kernels cover, and the loops over rows around
+// them. The loops are plain code; a chunk of rows is large enough that calling the kernels through
+// pointers costs nothing.
 #pragma once
 
 #include <cstddef>
@@ -17,19 +18,21 @@ constexpr uint32_t kMaxChunkRows = 32;
 constexpr uint32_t kMaxRowElements = 8192;
 constexpr uint32_t kMaxChunkGroups = kMaxRowElements / 32;
 constexpr uint32_t kBlock = 64;  // elements of a block of codes
-// How far encoders look ahead, into the second-level cache. Two passes over a chunk fill the out-of-order window, and the
-// hardware prefetchers starve: without this an encoder reaches a third of its speed.
-constexpr uint32_t kPrefetchBytes = 16384;
+// How far encoders look ahead, into the second-level cache. Two passes over a chunk fill the
+// out-of-order window, and the hardware prefetchers starve: without this an encoder reaches a third
+// of its speed.
+constexpr uint32_t kPrefetchBytes = 8192;
 
 // A per-token section of 16-bit elements whose groups are 32, a multiple of 64, or whole rows.
 struct TokenShape {
   uint32_t head_size;
-  uint32_t group;         // elements
-  uint32_t groups;        // per row
-  uint32_t blocks;        // whole ones, per row
-  uint32_t tail;          // elements of the last, shorter block
-  bool halves;            // groups of 32: a block has two
-  uint32_t entries;       // of a row in what quantise() is given: groups, or blocks (half blocks), a short one included
+  uint32_t group;   // elements
+  uint32_t groups;  // per row
+  uint32_t blocks;  // whole ones, per row
+  uint32_t tail;    // elements of the last, shorter block
+  bool halves;      // groups of 32: a block has two
+  // Of a row in what quantise() is given: groups, or blocks (half blocks), a short one included.
+  uint32_t entries;
   uint32_t entry_shift;   // from the number of a block to its entry
   size_t row_parameters;  // bytes
   size_t row_codes;       // bytes
@@ -59,10 +62,13 @@ struct TokenShape {
   }
 
   // Blocks of a group if every group has that many; else 0.
-  uint32_t whole_groups() const { return head_size % group == 0 && group % kBlock == 0 ? group / kBlock : 0; }
+  uint32_t whole_groups() const {
+    return head_size % group == 0 && group % kBlock == 0 ? group / kBlock : 0;
+  }
 
   static bool covers(const SectionCodec& codec, const Rows& rows) {
-    if (codec.kind != KVC_KIND_INT || codec.channel || rows.head_size > kMaxRowElements) return false;
+    if (codec.kind != KVC_KIND_INT || codec.channel || rows.head_size > kMaxRowElements)
+      return false;
     if (codec.dtype != KVC_BF16 && codec.dtype != KVC_FP16) return false;
     const uint32_t group = codec.group_size;
     return group == rows.head_size || group == 32 || group % kBlock == 0;
@@ -96,8 +102,8 @@ struct TokenEncoder {
   void (*quantise)(const TokenShape&, const TokenChunk&, const float* inverse, const float* zero);
 };
 
-// Where scales and magnitudes of zeros end of which no value needs clamping or can be a NaN. bf16: |zero| below 2^126 and
-// 255 * scale far below; fp16: below 2^14 and 2^15.
+// Where scales and magnitudes of zeros end of which no value needs clamping or can be a NaN. bf16:
+// |zero| below 2^126 and 255 * scale far below; fp16: below 2^14 and 2^15.
 template <typename Element>
 constexpr uint32_t scale_end() {
   return Element::kEvenOdd ? 0x7600 : 0x4280;
@@ -116,7 +122,8 @@ inline bool is_tame(uint16_t scale_bits, uint16_t zero_bits) {
 // The bits of the element of a group that has the smallest magnitude.
 inline uint32_t smallest_bits(const TokenShape& shape, const TokenChunk& chunk, uint32_t group) {
   const uint32_t in_row = group % shape.groups;
-  const uint8_t* source = chunk.source[group / shape.groups] + static_cast<size_t>(in_row) * shape.group * 2;
+  const uint8_t* source =
+      chunk.source[group / shape.groups] + static_cast<size_t>(in_row) * shape.group * 2;
   uint16_t smallest = 0xFFFF;
   for (uint32_t i = 0; i < shape.group_elements(in_row); ++i) {
     uint16_t bits;
@@ -127,7 +134,8 @@ inline uint32_t smallest_bits(const TokenShape& shape, const TokenChunk& chunk, 
 }
 
 // `outside`: a bit for each of `count` groups.
-inline void note_outside(TokenChunk& chunk, uint32_t first, uint32_t count, uint32_t outside, bool* any) {
+inline void note_outside(TokenChunk& chunk, uint32_t first, uint32_t count, uint32_t outside,
+                         bool* any) {
   if (__builtin_expect(!*any && outside == 0, true)) return;
   if (!*any) std::memset(chunk.outside, 0, sizeof chunk.outside);
   *any = true;
@@ -135,7 +143,8 @@ inline void note_outside(TokenChunk& chunk, uint32_t first, uint32_t count, uint
 }
 
 inline uint32_t chunk_rows(const TokenShape& shape) {
-  // Some multiple of the groups that one vector of parameters holds, and a fraction of the first-level cache.
+  // Some multiple of the groups that one vector of parameters holds, and a fraction of the
+  // first-level cache.
   const uint32_t by_groups = 32 / shape.groups;
   const uint32_t by_bytes = 8192 / (shape.head_size * 2);
   const uint32_t rows = by_groups < by_bytes ? by_groups : by_bytes;
@@ -149,7 +158,8 @@ inline void store_row_parameters(const TokenChunk& chunk, uint8_t* out) {
   }
 }
 
-inline void store_chunk_parameters(const TokenShape& shape, const TokenChunk& chunk, bool in_order, uint8_t* out) {
+inline void store_chunk_parameters(const TokenShape& shape, const TokenChunk& chunk, bool in_order,
+                                   uint8_t* out) {
   const size_t bytes = shape.row_parameters;
   if (in_order) {
     std::memcpy(out + chunk.index[0] * bytes, chunk.parameters, chunk.rows * bytes);
@@ -183,8 +193,10 @@ inline void spread_over_blocks(const TokenShape& shape, TokenChunk& chunk) {
   }
 }
 
-// A group outside the domain has codes 0. It is rare: the kernels compute something, and this clears it.
-inline uint64_t clear_outside(const SectionCodec& codec, const TokenShape& shape, const TokenChunk& chunk) {
+// A group outside the domain has codes 0. It is rare: the kernels compute something, and this
+// clears it.
+inline uint64_t clear_outside(const SectionCodec& codec, const TokenShape& shape,
+                              const TokenChunk& chunk) {
   uint64_t count = 0;
   const uint32_t per_byte = 8 / codec.bits;
   for (uint32_t g = 0; g < chunk.rows * shape.groups; ++g) {
@@ -193,9 +205,11 @@ inline uint64_t clear_outside(const SectionCodec& codec, const TokenShape& shape
     const uint32_t start = g % shape.groups * shape.group;
     for (uint32_t i = start; i < start + shape.group_elements(g % shape.groups); ++i) {
       const uint32_t block = i / kBlock;
-      const uint32_t bytes = block < shape.blocks ? 8u * codec.bits : (shape.tail + per_byte - 1) / per_byte;
+      const uint32_t bytes =
+          block < shape.blocks ? 8u * codec.bits : (shape.tail + per_byte - 1) / per_byte;
       const uint32_t shift = i % kBlock / bytes * codec.bits;
-      uint8_t* code = chunk.codes + chunk.index[g / shape.groups] * shape.row_codes + block * 8 * codec.bits + i % kBlock % bytes;
+      uint8_t* code = chunk.codes + chunk.index[g / shape.groups] * shape.row_codes +
+                      block * 8 * codec.bits + i % kBlock % bytes;
       *code = static_cast<uint8_t>(*code & ~(((1u << codec.bits) - 1) << shift));
     }
   }
@@ -203,14 +217,16 @@ inline uint64_t clear_outside(const SectionCodec& codec, const TokenShape& shape
 }
 
 inline void clear_padding(const SectionCodec& codec, const Rows& rows, uint8_t* out) {
-  const size_t parameters = parameter_bytes(codec, rows.head_count, rows.token_count, rows.head_size);
-  const size_t stored = pad64(parameters) + code_bytes(codec, rows.head_count, rows.token_count, rows.head_size);
+  const size_t parameters =
+      parameter_bytes(codec, rows.head_count, rows.token_count, rows.head_size);
+  const size_t stored =
+      pad64(parameters) + code_bytes(codec, rows.head_count, rows.token_count, rows.head_size);
   std::memset(out + parameters, 0, pad64(parameters) - parameters);
   std::memset(out + stored, 0, pad64(stored) - stored);
 }
 
-inline uint64_t encode_token_rows(const TokenEncoder& encoder, const SectionCodec& codec, const Rows& rows,
-                                  const Rows* next, uint8_t* out) {
+inline uint64_t encode_token_rows(const TokenEncoder& encoder, const SectionCodec& codec,
+                                  const Rows& rows, const Rows* next, uint8_t* out) {
   const TokenShape shape(codec, rows);
   clear_padding(codec, rows, out);
   const uint32_t at_once = chunk_rows(shape);
@@ -222,7 +238,8 @@ inline uint64_t encode_token_rows(const TokenEncoder& encoder, const SectionCode
   TokenChunk chunk;
   chunk.codes = out + shape.codes;
   uint64_t outside = 0;
-  for (uint64_t left = static_cast<uint64_t>(rows.head_count) * rows.token_count; left != 0; left -= chunk.rows) {
+  for (uint64_t left = static_cast<uint64_t>(rows.head_count) * rows.token_count; left != 0;
+       left -= chunk.rows) {
     chunk.ahead = ahead.offset(walk.address(), at_once);
     chunk.rows = walk.take(chunk.source, chunk.index, at_once);
     encoder.find_extremes(shape, chunk);
@@ -247,7 +264,8 @@ struct TokenTargets {
 
 using TokenDecoder = void (*)(const TokenShape&, const TokenTargets&);
 
-inline void decode_token_rows(TokenDecoder decoder, const SectionCodec& codec, const uint8_t* in, const Rows& rows) {
+inline void decode_token_rows(TokenDecoder decoder, const SectionCodec& codec, const uint8_t* in,
+                              const Rows& rows) {
   const TokenShape shape(codec, rows);
   RowWalk walk(rows);
   TokenTargets targets;

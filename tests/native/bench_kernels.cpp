@@ -1,11 +1,13 @@
-// Speed of the kernels of one instruction set on pages in memory, as a multiple of memcpy(page) of the same raw bytes.
+// Speed of the kernels of one instruction set on pages in memory, as a multiple of memcpy(page) of
+// the same raw bytes.
 //
 //   bench_kernels [isa] [words that a case's name must hold, comma separated] [rounds]
 //
-// Pages of 28 layers, 4 heads of 128 elements, 64 tokens (3.67 MB); 128 of them are larger than the caches together.
-// They are walked in chunks of 32, and inside one chunk every case runs once: a ratio compares neighbours in time, and
-// time is the CPU time of the thread, so a busy machine disturbs it little. An encoder runs as the batch engine runs
-// it, section by section into a scratch, checksum, copy_out; a decoder verifies the checksum of a section first.
+// Pages of 28 layers, 4 heads of 128 elements, 64 tokens (3.67 MB); 128 of them are larger than the
+// caches together. They are walked in chunks of 32, and inside one chunk every case runs once: a
+// ratio compares neighbours in time, and time is the CPU time of the thread, so a busy machine
+// disturbs it little. An encoder runs as the batch engine runs it, section by section into a
+// scratch, checksum, copy_out; a decoder verifies the checksum of a section first.
 #include <sys/mman.h>
 #if defined(__SSE2__)
 #include <emmintrin.h>
@@ -50,9 +52,11 @@ double thread_seconds() {
 // Large pages, touched: first touch costs more than anything measured here.
 uint8_t* allocate(size_t bytes) {
   constexpr size_t kHuge = size_t{1} << 21;
-  void* memory = mmap(nullptr, bytes + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* memory =
+      mmap(nullptr, bytes + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) std::exit(1);
-  uint8_t* aligned = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(memory) + kHuge - 1) & ~(kHuge - 1));
+  uint8_t* aligned =
+      reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(memory) + kHuge - 1) & ~(kHuge - 1));
   madvise(aligned, bytes, MADV_HUGEPAGE);
   std::memset(aligned, 1, bytes);
   return aligned;
@@ -63,7 +67,8 @@ enum class Layout { kPageFirst, kPageFirstDirect, kLayerFirst };
 // Rows of a section (layer, key or value) of a page in a pool of kPages pages.
 Rows rows_of(Layout layout, uint8_t* pool, uint32_t page, uint32_t section) {
   Rows rows{pool, kHeads, kTokens, kHeadSize, kHeads, 0, kRowBytes, kRowBytes * kHeads};
-  const size_t half = kPageBytes / 2;  // keys and values are pools of their own, but for page_first_direct
+  const size_t half =
+      kPageBytes / 2;  // keys and values are pools of their own, but for page_first_direct
   switch (layout) {
     case Layout::kPageFirst:
       rows.token_stride = kRowBytes * kHeads * kLayers;
@@ -94,11 +99,14 @@ void fill(uint8_t* pool, uint32_t dtype) {
   }
   std::vector<uint16_t> page(kPageBytes / 2);
   for (size_t i = 0; i < page.size(); ++i) {
-    const float value = noise[i * 7 % 65521] * (i % 512 % 61 == 3 ? 4.0f : 0.5f + static_cast<float>(i % 13) / 13.0f);
+    const float value = noise[i * 7 % 65521] *
+                        (i % 512 % 61 == 3 ? 4.0f : 0.5f + static_cast<float>(i % 13) / 13.0f);
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
     page[i] = static_cast<uint16_t>(bits >> 16);
-    if (dtype == KVC_FP16) page[i] = static_cast<uint16_t>((bits >> 16 & 0x8000) | ((bits & 0x7FFFFFFF) - 0x38000000) >> 13);
+    if (dtype == KVC_FP16)
+      page[i] =
+          static_cast<uint16_t>((bits >> 16 & 0x8000) | ((bits & 0x7FFFFFFF) - 0x38000000) >> 13);
     if (std::fabs(value) < 0.001f) page[i] = 0;
   }
   for (uint32_t p = 0; p < kPages; ++p) std::memcpy(pool + p * kPageBytes, page.data(), kPageBytes);
@@ -119,26 +127,31 @@ struct Memory {
 };
 
 size_t padded_section(const SectionCodec& codec) {
-  const uint32_t options = (codec.asymmetric ? KVC_OPTION_ASYMMETRIC : 0) | (codec.channel ? KVC_OPTION_CHANNEL : 0);
-  return kvc::pad64(
-      kvc_section_bytes(codec.dtype, kHeads, kTokens, kHeadSize, codec.kind, codec.bits, options, codec.group_size));
+  const uint32_t options =
+      (codec.asymmetric ? KVC_OPTION_ASYMMETRIC : 0) | (codec.channel ? KVC_OPTION_CHANNEL : 0);
+  return kvc::pad64(kvc_section_bytes(codec.dtype, kHeads, kTokens, kHeadSize, codec.kind,
+                                      codec.bits, options, codec.group_size));
 }
 
-void encode_page(const Kernels& kernels, const SectionCodec& codec, Layout layout, const Memory& memory, uint32_t page) {
+void encode_page(const Kernels& kernels, const SectionCodec& codec, Layout layout,
+                 const Memory& memory, uint32_t page) {
   const size_t bytes = padded_section(codec);
   volatile uint64_t sum;
   for (uint32_t section = 0; section < kLayers * 2; ++section) {
     const Rows rows = rows_of(layout, memory.source, page, section);
     const bool last = section + 1 == kLayers * 2;
-    const Rows next = rows_of(layout, memory.source, last ? (page + 1) % kPages : page, last ? 0 : section + 1);
+    const Rows next =
+        rows_of(layout, memory.source, last ? (page + 1) % kPages : page, last ? 0 : section + 1);
     kernels.encode_section(codec, rows, &next, memory.scratch);
     sum = kernels.checksum(memory.scratch, bytes);
-    kernels.copy_out(memory.encoded + page * memory.encoded_stride + section * bytes, memory.scratch, bytes);
+    kernels.copy_out(memory.encoded + page * memory.encoded_stride + section * bytes,
+                     memory.scratch, bytes);
   }
   (void)sum;
 }
 
-void decode_page(const Kernels& kernels, const SectionCodec& codec, Layout layout, const Memory& memory, uint32_t page) {
+void decode_page(const Kernels& kernels, const SectionCodec& codec, Layout layout,
+                 const Memory& memory, uint32_t page) {
   const size_t bytes = padded_section(codec);
   volatile uint64_t sum;
   for (uint32_t section = 0; section < kLayers * 2; ++section) {
@@ -198,16 +211,19 @@ uint64_t read_stream(const uint8_t* source, size_t bytes) {
   __m128i sums[4] = {};
   for (size_t i = 0; i < bytes; i += 64) {
     for (int k = 0; k < 4; ++k) {
-      sums[k] = _mm_add_epi32(sums[k], _mm_load_si128(reinterpret_cast<const __m128i*>(source + i + 16 * k)));
+      sums[k] = _mm_add_epi32(
+          sums[k], _mm_load_si128(reinterpret_cast<const __m128i*>(source + i + 16 * k)));
     }
   }
-  const __m128i all = _mm_add_epi32(_mm_add_epi32(sums[0], sums[1]), _mm_add_epi32(sums[2], sums[3]));
+  const __m128i all =
+      _mm_add_epi32(_mm_add_epi32(sums[0], sums[1]), _mm_add_epi32(sums[2], sums[3]));
   return static_cast<uint64_t>(_mm_cvtsi128_si32(all));
 }
 
 void write_stream(uint8_t* target, size_t bytes, uint64_t value) {
   const __m128i v = _mm_set1_epi64x(static_cast<long long>(value));
-  for (size_t i = 0; i < bytes; i += 16) _mm_stream_si128(reinterpret_cast<__m128i*>(target + i), v);
+  for (size_t i = 0; i < bytes; i += 16)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(target + i), v);
 }
 
 // Both at once, in pieces that a prefetcher can follow.
@@ -223,14 +239,18 @@ void mixed_stream(uint8_t* target, size_t write_bytes, const uint8_t* source, si
 }
 
 void add_streams(const Memory& memory, size_t encoded_bytes, std::vector<Case>& cases) {
-  cases.push_back({"stream of an encoder", [=](uint32_t page) {
+  cases.push_back({"stream of an encoder",
+                   [=](uint32_t page) {
                      mixed_stream(memory.target + page * kPageBytes, encoded_bytes,
                                   memory.source + page * kPageBytes, kPageBytes);
-                   }, {}});
-  cases.push_back({"stream of a decoder", [=](uint32_t page) {
+                   },
+                   {}});
+  cases.push_back({"stream of a decoder",
+                   [=](uint32_t page) {
                      mixed_stream(memory.target + page * kPageBytes, kPageBytes,
                                   memory.encoded + page * memory.encoded_stride, encoded_bytes);
-                   }, {}});
+                   },
+                   {}});
 }
 
 #else
@@ -241,7 +261,8 @@ void add_streams(const Memory&, size_t, std::vector<Case>&) {}
 
 double quantile(std::vector<double> values, double q) {
   std::sort(values.begin(), values.end());
-  return values[std::min(values.size() - 1, static_cast<size_t>(q * static_cast<double>(values.size())))];
+  return values[std::min(values.size() - 1,
+                         static_cast<size_t>(q * static_cast<double>(values.size())))];
 }
 
 void report(const std::vector<Case>& cases) {
@@ -254,8 +275,8 @@ void report(const std::vector<Case>& cases) {
       rates.push_back(static_cast<double>(kPageBytes * kChunk) / c.seconds[i] / 1e9);
       ratios.push_back(reference[i] / c.seconds[i]);
     }
-    std::printf("%-48s %8.2f %8.2f %8.2f %8.2f\n", c.name.c_str(), quantile(rates, 0.5), quantile(ratios, 0.5),
-                quantile(ratios, 0.25), quantile(ratios, 0.75));
+    std::printf("%-48s %8.2f %8.2f %8.2f %8.2f\n", c.name.c_str(), quantile(rates, 0.5),
+                quantile(ratios, 0.5), quantile(ratios, 0.25), quantile(ratios, 0.75));
   }
 }
 
@@ -275,7 +296,8 @@ void measure(std::vector<Case>& cases, uint32_t rounds) {
 }
 
 const Kernels* kernels_named(const std::string& name) {
-  for (const Kernels* kernels : {kvc::avx512_kernels(), kvc::avx2_kernels(), kvc::neon_kernels(), &kvc::kScalarKernels}) {
+  for (const Kernels* kernels :
+       {kvc::avx512_kernels(), kvc::avx2_kernels(), kvc::neon_kernels(), &kvc::kScalarKernels}) {
     if (kernels != nullptr && (name.empty() || name == kernels->name)) return kernels;
   }
   return nullptr;
@@ -298,16 +320,21 @@ int main(int argc, char** argv) {
   uint32_t filled = 0;
   for (const Named& named : kCodecs) {
     std::vector<Case> cases;
-    cases.push_back({"memcpy(page)", [&](uint32_t page) {
-                       std::memcpy(memory.target + page * kPageBytes, memory.source + page * kPageBytes, kPageBytes);
-                     }, {}});
+    cases.push_back({"memcpy(page)",
+                     [&](uint32_t page) {
+                       std::memcpy(memory.target + page * kPageBytes,
+                                   memory.source + page * kPageBytes, kPageBytes);
+                     },
+                     {}});
     for (const auto& layout : kLayouts) {
       const std::string name = std::string(" ") + named.name + " " + layout.name + " ";
       const auto add = [&](const char* what, auto work) {
         if (!wanted(name + what + " ", words)) return;
-        cases.push_back({name + what, [&, work, l = layout.layout](uint32_t page) {
+        cases.push_back({name + what,
+                         [&, work, l = layout.layout](uint32_t page) {
                            work(*kernels, named.codec, l, memory, page);
-                         }, {}});
+                         },
+                         {}});
       };
       add("encode", encode_page);
       add("decode", decode_page);

@@ -1,5 +1,6 @@
-// Compares every instruction set of this processor with the scalar kernels, byte for byte, on random sections: shapes,
-// codecs, strides, alignments and contents. Prints the first difference and its seed.
+// Compares every instruction set of this processor with the scalar kernels, byte for byte, on
+// random sections: shapes, codecs, strides, alignments and contents. Prints the first difference
+// and its seed.
 //
 //   compare_isas [rounds] [first seed]
 #include <cstdint>
@@ -76,7 +77,8 @@ uint32_t random_group(Random& random, const SectionCodec& codec, const Rows& row
 }
 
 // Sets strides and says how many bytes the rows span.
-void place_rows(Random& random, Rows& rows, uint32_t row_bytes, size_t* memory_bytes, size_t* base_offset) {
+void place_rows(Random& random, Rows& rows, uint32_t row_bytes, size_t* memory_bytes,
+                size_t* base_offset) {
   static const uint32_t kGaps[] = {0, 0, 0, 64, 32, 2, 1, 448};
   const int64_t gap = random.one_of(kGaps);
   const uint32_t heads = rows.head_count;
@@ -86,7 +88,8 @@ void place_rows(Random& random, Rows& rows, uint32_t row_bytes, size_t* memory_b
     case 0:  // [token][group][head], perhaps far apart
       rows.head_stride = row_bytes + gap;
       rows.group_stride = rows.head_stride * in_group;
-      rows.token_stride = rows.group_stride * groups + (random.once_in(2) ? 4096 * random.below(3) : gap);
+      rows.token_stride =
+          rows.group_stride * groups + (random.once_in(2) ? 4096 * random.below(3) : gap);
       break;
     case 1:  // canonical
       rows.token_stride = row_bytes + gap;
@@ -105,8 +108,8 @@ void place_rows(Random& random, Rows& rows, uint32_t row_bytes, size_t* memory_b
   rows.base = nullptr;
   for (uint32_t head = 0; head < heads; ++head) {
     for (uint32_t token = 0; token < rows.token_count; ++token) {
-      const int64_t at = head / rows.group_heads * rows.group_stride + head % rows.group_heads * rows.head_stride +
-                         token * rows.token_stride;
+      const int64_t at = head / rows.group_heads * rows.group_stride +
+                         head % rows.group_heads * rows.head_stride + token * rows.token_stride;
       low = at < low ? at : low;
       high = at > high ? at : high;
     }
@@ -116,7 +119,8 @@ void place_rows(Random& random, Rows& rows, uint32_t row_bytes, size_t* memory_b
 }
 
 Case random_case(Random& random) {
-  static const uint32_t kHeadSizes[] = {64, 128, 128, 128, 192, 256, 512, 576, 80, 96, 112, 48, 32, 16, 72, 160, 1024};
+  static const uint32_t kHeadSizes[] = {64, 128, 128, 128, 192, 256, 512, 576, 80,
+                                        96, 112, 48,  32,  16,  72,  160, 1024};
   Case result{};
   result.codec = random_codec(random);
   Rows& rows = result.rows;
@@ -124,13 +128,15 @@ Case random_case(Random& random) {
   rows.head_count = 1 + random.below(random.once_in(4) ? 9 : 4);
   rows.token_count = random.once_in(3) ? 64 : 1 + random.below(random.once_in(4) ? 140 : 40);
   rows.group_heads = random.once_in(3) ? 1 + random.below(4) : rows.head_count;
-  if (result.codec.kind == KVC_KIND_INT) result.codec.group_size = random_group(random, result.codec, rows);
+  if (result.codec.kind == KVC_KIND_INT)
+    result.codec.group_size = random_group(random, result.codec, rows);
   place_rows(random, rows, rows.head_size * element_bytes(result.codec.dtype), &result.memory_bytes,
              &result.base_offset);
   const uint32_t options = (result.codec.asymmetric ? KVC_OPTION_ASYMMETRIC : 0) |
                            (result.codec.channel ? KVC_OPTION_CHANNEL : 0);
-  result.stored_bytes = kvc_section_bytes(result.codec.dtype, rows.head_count, rows.token_count, rows.head_size,
-                                          result.codec.kind, result.codec.bits, options, result.codec.group_size);
+  result.stored_bytes =
+      kvc_section_bytes(result.codec.dtype, rows.head_count, rows.token_count, rows.head_size,
+                        result.codec.kind, result.codec.bits, options, result.codec.group_size);
   return result;
 }
 
@@ -152,8 +158,10 @@ void store_element(uint32_t dtype, float value, uint8_t* target) {
   } else {
     // Close enough: the exponent moved, the mantissa cut, the range left as it is.
     const uint32_t magnitude = bits & 0x7FFFFFFF;
-    const uint32_t cut = magnitude < 0x38800000 ? magnitude >> 20 & 0x3FF : (magnitude - 0x38000000) >> 13;
-    const uint16_t half = static_cast<uint16_t>(bits >> 16 & 0x8000) | static_cast<uint16_t>(cut > 0x7BFF ? 0x7BFF : cut);
+    const uint32_t cut =
+        magnitude < 0x38800000 ? magnitude >> 20 & 0x3FF : (magnitude - 0x38000000) >> 13;
+    const uint16_t half = static_cast<uint16_t>(bits >> 16 & 0x8000) |
+                          static_cast<uint16_t>(cut > 0x7BFF ? 0x7BFF : cut);
     std::memcpy(target, &half, 2);
   }
 }
@@ -180,31 +188,38 @@ void fill_memory(Random& random, const Case& section, std::vector<uint8_t>& memo
       uint8_t* row = rows.row(head, token);
       if (random.once_in(4)) {
         scale = kScales[random.below(10)];
-        offset = random.once_in(3) ? scale * random_number(random, 8, 0) : random.once_in(9) ? 6e4f : 0;
+        offset = random.once_in(3)   ? scale * random_number(random, 8, 0)
+                 : random.once_in(9) ? 6e4f
+                                     : 0;
       }
       for (uint32_t i = 0; i < rows.head_size && !wild; ++i) {
         store_element(section.codec.dtype, random_number(random, scale, offset), row + i * bytes);
       }
-      static const uint32_t kSpots[] = {0x7FC0, 0xFFC1, 0x7F81, 0x7F80, 0xFF80, 0x7F00, 0xFF00, 0x7EFF, 0xFEFF,
-                                        0x8000, 0x0000, 0x0001, 0x8001, 0x7C00, 0xFC00, 0x7BFF, 0x7C01, 0x0080};
+      static const uint32_t kSpots[] = {0x7FC0, 0xFFC1, 0x7F81, 0x7F80, 0xFF80, 0x7F00,
+                                        0xFF00, 0x7EFF, 0xFEFF, 0x8000, 0x0000, 0x0001,
+                                        0x8001, 0x7C00, 0xFC00, 0x7BFF, 0x7C01, 0x0080};
       for (uint32_t n = spotted && random.once_in(4) ? random.below(4) : 0; n != 0; --n) {
         const uint16_t spot = static_cast<uint16_t>(random.one_of(kSpots));
-        if (bytes >= 2) std::memcpy(row + random.below(rows.head_size) * bytes + bytes - 2, &spot, 2);
+        if (bytes >= 2)
+          std::memcpy(row + random.below(rows.head_size) * bytes + bytes - 2, &spot, 2);
       }
     }
   }
 }
 
 // Bytes that no encoder wrote.
-void disturb_section(Random& random, const SectionCodec& codec, size_t parameter_bytes, std::vector<uint8_t>& section) {
-  static const uint32_t kParameters[] = {0x7FC0, 0xFFC1, 0x7F81, 0x7F80, 0xFF80, 0x0000, 0x8000, 0x0001, 0x0080,
-                                         0x7F7F, 0xFF7F, 0x7E80, 0x4780, 0x3F80, 0xBF80, 0x7BFF, 0x7C00, 0x4300};
+void disturb_section(Random& random, const SectionCodec& codec, size_t parameter_bytes,
+                     std::vector<uint8_t>& section) {
+  static const uint32_t kParameters[] = {0x7FC0, 0xFFC1, 0x7F81, 0x7F80, 0xFF80, 0x0000,
+                                         0x8000, 0x0001, 0x0080, 0x7F7F, 0xFF7F, 0x7E80,
+                                         0x4780, 0x3F80, 0xBF80, 0x7BFF, 0x7C00, 0x4300};
   for (size_t i = kvc::pad64(parameter_bytes); i < section.size(); ++i) {
     if (random.once_in(2)) section[i] = static_cast<uint8_t>(random.next());
   }
   for (size_t i = 0; codec.kind == KVC_KIND_INT && i + 1 < parameter_bytes; i += 2) {
     if (!random.once_in(3)) continue;
-    const uint16_t value = static_cast<uint16_t>(random.once_in(2) ? random.one_of(kParameters) : random.next());
+    const uint16_t value =
+        static_cast<uint16_t>(random.once_in(2) ? random.one_of(kParameters) : random.next());
     std::memcpy(section.data() + i, &value, 2);
   }
 }
@@ -216,28 +231,31 @@ std::string describe(const Case& section) {
   const Rows& r = section.rows;
   char text[400];
   std::snprintf(text, sizeof text,
-                "dtype %d kind %d bits %d asymmetric %d channel %d group %u | heads %u (groups of %u) tokens %u "
+                "dtype %d kind %d bits %d asymmetric %d channel %d group %u | heads %u (groups of "
+                "%u) tokens %u "
                 "head size %u | strides %lld %lld %lld",
-                c.dtype, c.kind, c.bits, c.asymmetric, c.channel, c.group_size, r.head_count, r.group_heads,
-                r.token_count, r.head_size, static_cast<long long>(r.group_stride),
+                c.dtype, c.kind, c.bits, c.asymmetric, c.channel, c.group_size, r.head_count,
+                r.group_heads, r.token_count, r.head_size, static_cast<long long>(r.group_stride),
                 static_cast<long long>(r.head_stride), static_cast<long long>(r.token_stride));
   return text;
 }
 
-bool same(const char* what, const char* name, uint64_t seed, const Case& section, const std::vector<uint8_t>& expected,
-          const std::vector<uint8_t>& found) {
+bool same(const char* what, const char* name, uint64_t seed, const Case& section,
+          const std::vector<uint8_t>& expected, const std::vector<uint8_t>& found) {
   if (expected == found) return true;
   size_t at = 0;
   while (expected[at] == found[at]) ++at;
   size_t count = 0;
   for (size_t i = at; i < expected.size(); ++i) count += expected[i] != found[i];
-  std::printf("seed %llu: %s %s differs in %zu of %zu bytes, first at %zu: scalar %02x, found %02x\n  %s\n",
-              static_cast<unsigned long long>(seed), name, what, count, expected.size(), at, expected[at], found[at],
-              describe(section).c_str());
+  std::printf(
+      "seed %llu: %s %s differs in %zu of %zu bytes, first at %zu: scalar %02x, found %02x\n  %s\n",
+      static_cast<unsigned long long>(seed), name, what, count, expected.size(), at, expected[at],
+      found[at], describe(section).c_str());
   return false;
 }
 
-// A vector whose data lies `skew` bytes behind a 64-byte boundary and ends where the allocation ends.
+// A vector whose data lies `skew` bytes behind a 64-byte boundary and ends where the allocation
+// ends.
 struct Buffer {
   std::vector<uint8_t> memory;
   size_t start;
@@ -255,7 +273,8 @@ bool compare_decode(const Kernels& kernels, Random& random, uint64_t seed, Case 
   std::memcpy(in.data(), encoded.data(), encoded.size());
   Buffer expected(memory_skew, section.memory_bytes);
   Buffer found(memory_skew, section.memory_bytes);
-  for (size_t i = 0; i < section.memory_bytes; ++i) expected.data()[i] = found.data()[i] = static_cast<uint8_t>(i * 7);
+  for (size_t i = 0; i < section.memory_bytes; ++i)
+    expected.data()[i] = found.data()[i] = static_cast<uint8_t>(i * 7);
   section.rows.base = expected.data() + section.base_offset;
   kvc::kScalarKernels.decode_section(section.codec, in.data(), section.rows);
   section.rows.base = found.data() + section.base_offset;
@@ -283,21 +302,23 @@ bool compare_section(const Kernels& kernels, uint64_t seed) {
   std::memset(expected.data(), 0xA5, padded);
   std::memset(found.data(), 0x5A, padded);
   const Rows next = section.rows;
-  const uint64_t outside = kvc::kScalarKernels.encode_section(section.codec, section.rows, nullptr, expected.data());
-  const uint64_t outside_found =
-      kernels.encode_section(section.codec, section.rows, random.once_in(2) ? &next : nullptr, found.data());
+  const uint64_t outside =
+      kvc::kScalarKernels.encode_section(section.codec, section.rows, nullptr, expected.data());
+  const uint64_t outside_found = kernels.encode_section(
+      section.codec, section.rows, random.once_in(2) ? &next : nullptr, found.data());
   std::vector<uint8_t> encoded(expected.data(), expected.data() + padded);
   const std::vector<uint8_t> other(found.data(), found.data() + padded);
   if (!same("encode", kernels.name, seed, section, encoded, other)) return false;
   if (outside != outside_found) {
     std::printf("seed %llu: %s counts %llu groups outside the domain, scalar %llu\n  %s\n",
-                static_cast<unsigned long long>(seed), kernels.name, static_cast<unsigned long long>(outside_found),
+                static_cast<unsigned long long>(seed), kernels.name,
+                static_cast<unsigned long long>(outside_found),
                 static_cast<unsigned long long>(outside), describe(section).c_str());
     return false;
   }
   if (!compare_decode(kernels, random, seed, section, encoded, skew)) return false;
-  const size_t parameters = kvc::parameter_bytes(section.codec, section.rows.head_count, section.rows.token_count,
-                                                 section.rows.head_size);
+  const size_t parameters = kvc::parameter_bytes(section.codec, section.rows.head_count,
+                                                 section.rows.token_count, section.rows.head_size);
   disturb_section(random, section.codec, parameters, encoded);
   return compare_decode(kernels, random, seed, section, encoded, skew);
 }
@@ -311,10 +332,15 @@ bool compare_bytes(const Kernels& kernels, uint64_t seed) {
   std::memset(target.data(), 0xC3, bytes + 32);
   kernels.copy_out(target.data() + 16, source.data(), bytes);
   bool right = std::memcmp(target.data() + 16, source.data(), bytes) == 0;
-  for (size_t i = 0; i < 16; ++i) right &= target.data()[i] == 0xC3 && target.data()[bytes + 16 + i] == 0xC3;
-  if (!right) std::printf("seed %llu: %s copy_out of %zu bytes\n", static_cast<unsigned long long>(seed), kernels.name, bytes);
-  if (kernels.checksum(source.data(), bytes) == kvc::kScalarKernels.checksum(source.data(), bytes)) return right;
-  std::printf("seed %llu: %s checksum of %zu bytes\n", static_cast<unsigned long long>(seed), kernels.name, bytes);
+  for (size_t i = 0; i < 16; ++i)
+    right &= target.data()[i] == 0xC3 && target.data()[bytes + 16 + i] == 0xC3;
+  if (!right)
+    std::printf("seed %llu: %s copy_out of %zu bytes\n", static_cast<unsigned long long>(seed),
+                kernels.name, bytes);
+  if (kernels.checksum(source.data(), bytes) == kvc::kScalarKernels.checksum(source.data(), bytes))
+    return right;
+  std::printf("seed %llu: %s checksum of %zu bytes\n", static_cast<unsigned long long>(seed),
+              kernels.name, bytes);
   return false;
 }
 
@@ -333,8 +359,8 @@ int main(int argc, char** argv) {
       failures += !compare_section(*kernels, seed);
       failures += seed % 8 == 0 && !compare_bytes(*kernels, seed);
     }
-    std::printf("%s: %llu rounds, %llu failures\n", kernels->name, static_cast<unsigned long long>(rounds),
-                static_cast<unsigned long long>(failures));
+    std::printf("%s: %llu rounds, %llu failures\n", kernels->name,
+                static_cast<unsigned long long>(rounds), static_cast<unsigned long long>(failures));
   }
   if (compared == 0) std::printf("nothing to compare\n");
   return failures == 0 ? 0 : 1;
