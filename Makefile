@@ -20,8 +20,9 @@ SYSTEM := $(VENV)/stamp-system
 PYTHON_ENV := $(VENV)/stamp-python
 INSTALLED := $(VENV)/stamp-installed
 SGLANG := $(VENV)/stamp-sglang
+STORES := $(VENV)/stamp-stores
 
-.PHONY: help setup sglang demo test check lint types pytest native-test neon-test fuzz-long \
+.PHONY: help setup sglang stores demo test check lint types pytest native-test neon-test fuzz-long \
   bench bench-controller quality dist clean distclean
 .DEFAULT_GOAL := help
 
@@ -32,10 +33,12 @@ setup: $(INSTALLED)  ## make .venv, build libkvcodec, install kvcodec and the de
 
 sglang: $(SGLANG)  ## setup, and SGLang for a machine without a GPU
 
+stores: $(STORES)  ## setup, and the servers and file systems that the tests store pages in
+
 demo: $(SGLANG)  ## SGLang on this CPU backs pages up through kvcodec and prefetches them again
 	$(BIN)/python tools/demo.py
 
-test: $(SGLANG) lint types  ## everything CI checks: lint, types, import contracts, tests
+test: $(SGLANG) $(STORES) lint types  ## everything CI checks: lint, types, import contracts, tests
 	$(BIN)/pytest -q $(PYTEST_ARGS)
 
 check:  ## what CI runs: demo, native-test, test
@@ -97,7 +100,7 @@ clean:  ## remove what was built, keep .venv
 distclean: clean  ## and .venv
 	rm -rf $(VENV)
 
-$(SYSTEM): tools/system_packages.sh
+$(SYSTEM): tools/system_packages.sh tools/apt_install.sh
 	tools/system_packages.sh
 	mkdir -p $(VENV)
 	touch $@
@@ -116,4 +119,8 @@ $(INSTALLED): $(PYTHON_ENV) pyproject.toml constraints-dev.txt $(NATIVE)
 # The script keeps its own pins. They need not be tried again because a C++ file changed: order only.
 $(SGLANG): $(SGLANG_ENV) | $(INSTALLED)
 	tools/install_sglang.sh $(BIN)/python
+	touch $@
+
+$(STORES): tools/install_stores.sh $(wildcard tools/stores/*.sh) | $(INSTALLED)
+	tools/install_stores.sh $(BIN)/python
 	touch $@

@@ -3,7 +3,8 @@
 A backend moves opaque bytes whole. It knows no layout and no codec, and it never interprets an
 object. Names are ``<32 hex digits>/<64 hex digits>`` (namespace digest, object digest; see
 FORMAT.md 2.5), so they are safe in any store. Backends register through the entry-point group
-``kvcodec.backends``: the entry's name is the URL scheme, its value a class with ``from_url``.
+``kvcodec.backends``: the entry's name is the URL scheme, or the part of it before a ``+``
+(``fsspec`` serves ``fsspec+s3://``), and its value is a class with ``from_url``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from urllib.parse import SplitResult, parse_qsl, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from kvcodec.errors import BackendError, ConfigError
 
@@ -23,12 +24,14 @@ __all__ = [
     "ObjectInfo",
     "PutResult",
     "check_name",
+    "display_url",
     "open_backend",
     "parse_byte_count",
     "parse_options",
 ]
 
 _NAME = re.compile(r"[0-9a-f]{32}/[0-9a-f]{64}")
+_SECRET_OPTION = re.compile(r"(?i)(pass|secret|token|key|credential|sas|auth)")
 _BYTE_COUNT = re.compile(r"(\d{1,18})\s*(?:([kmgt])(i?)b?|b)?", re.IGNORECASE)
 
 
@@ -63,9 +66,13 @@ class Backend(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def from_url(cls, url: str) -> Backend:
+    def from_url(cls, url: str, *, create: bool = True) -> Backend:
         """Open the store a URL names. Raises `ConfigError` for an unknown option or a store that
         cannot be used.
+
+        A store that does not exist yet is made, unless `create` is false: then it is a
+        `ConfigError`, and nothing is written. A server that is away at the moment is no error here:
+        it may come back, and until then calls answer `BackendError`.
         """
 
     @abc.abstractmethod
@@ -85,6 +92,13 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def exists(self, names: Sequence[str], *, timeout_seconds: float) -> list[bool]:
         """Whether each object is there; an unanswered question is a no."""
+
+    def exists_prefix(self, names: Sequence[str], *, timeout_seconds: float) -> int:
+        """How many objects from the first on are there without a gap; an unanswered question is a
+        gap. A store that can stop at the gap, or count by itself, overrides this.
+        """
+        found = self.exists(names, timeout_seconds=timeout_seconds)
+        return found.index(False) if False in found else len(found)
 
     @abc.abstractmethod
     def delete(self, names: Sequence[str], *, timeout_seconds: float) -> list[bool]:
@@ -139,7 +153,9 @@ def parse_options(url: str, allowed: Sequence[str]) -> tuple[SplitResult, dict[s
     """Split a store URL; unknown or repeated query options raise `ConfigError`."""
     parts = _split(url)
     options: dict[str, str] = {}
-    for name, value in parse_qsl(parts.query, keep_blank_values=True):
+    for option in filter(None, parts.query.split("&")):
+        # A "+" stays one: store URLs are no forms of a web page, and some have it in their scheme.
+        name, _, value = (unquote(part) for part in option.partition("="))
         if name not in allowed:
             raise ConfigError(
                 f"{url!r}: unknown option {name!r}, known: {', '.join(sorted(allowed)) or 'none'}"
@@ -157,15 +173,48 @@ def _split(url: str) -> SplitResult:
         raise ConfigError(f"{url!r} is not a URL: {error}") from error
 
 
-def open_backend(url: str) -> Backend:
-    """Open the store a URL names, through the entry point registered for its scheme."""
+def display_url(url: str) -> str:
+    """The URL with its secrets starred out, for messages and logs."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return url
+    if "://" not in url:
+        return url
+    user, at, host = parts.netloc.rpartition("@")
+    if ":" in user:
+        user = user.partition(":")[0] + ":***"
+    query = "&".join(map(_display_option, parts.query.split("&")))
+    rest = ("?" + query if query else "") + ("#" + parts.fragment if parts.fragment else "")
+    return f"{parts.scheme}://{user}{at}{host}{parts.path}{rest}"
+
+
+def _display_option(option: str) -> str:
+    name, equals, value = option.partition("=")
+    if "://" in unquote(value):
+        return f"{name}={display_url(unquote(value))}"
+    return f"{name}=***" if _SECRET_OPTION.search(name) and equals else option
+
+
+def open_backend(url: str, *, create: bool = True) -> Backend:
+    """Open the store a URL names, through the entry point registered for its scheme.
+
+    `create` as in `Backend.from_url`.
+    """
     scheme = _split(url).scheme
     entries = {entry.name: entry for entry in entry_points(group="kvcodec.backends")}
-    if scheme not in entries:
+    entry = entries.get(scheme) or entries.get(scheme.partition("+")[0])
+    if entry is None:
         known = (
             ", ".join(f"{name}://" for name in sorted(entries)) or "none (is kvcodec installed?)"
         )
-        raise ConfigError(f"no backend for the URL {url!r}; known schemes: {known}")
-    backend_class = entries[scheme].load()
-    backend: Backend = backend_class.from_url(url)
+        raise ConfigError(f"no backend for the URL {display_url(url)!r}; known schemes: {known}")
+    try:
+        backend_class = entry.load()
+    except ImportError as error:
+        raise ConfigError(
+            f"the backend for {scheme}:// cannot be loaded: {error}; "
+            f"pip install 'kvcodec[{entry.name}]' brings what kvcodec's own backends need"
+        ) from error
+    backend: Backend = backend_class.from_url(url, create=create)
     return backend

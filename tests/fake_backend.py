@@ -21,7 +21,7 @@ class FakeBackend(Backend):
         self.closed = False
 
     @classmethod
-    def from_url(cls, url: str) -> FakeBackend:
+    def from_url(cls, url: str, *, create: bool = True) -> FakeBackend:
         return cls()
 
     def _begin(self, operation: str, names: Sequence[str]) -> None:

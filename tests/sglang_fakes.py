@@ -273,7 +273,7 @@ def storage_opener(backend: FakeBackend, **defaults: object) -> Iterator[Opener]
         return opened[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "open_backend", lambda url: backend)
+        patch.setattr(module, "open_backend", lambda url, **_: backend)
         yield open_storage
     for storage in opened:
         storage.close()

@@ -6,8 +6,10 @@ import os
 import string
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from kvcodec.backend import (
     ObjectInfo,
     PutResult,
     check_name,
+    display_url,
     open_backend,
     parse_byte_count,
     parse_options,
@@ -107,6 +110,31 @@ def test_options_are_known_and_given_once():
         parse_options("file:///a?fsync=1&fsync=0", ["fsync"])
 
 
+def test_a_plus_in_an_option_stays_one():
+    """Schemes have it, and an option may be the URL of another store."""
+    _, options = parse_options("tier+ram://?store=fsspec+s3://bucket/a%26b%2B", ["store"])
+    assert options == {"store": "fsspec+s3://bucket/a&b+"}
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://user:geheim@host:6379/0", "redis://user:***@host:6379/0"),
+        ("redis://:geheim@host", "redis://:***@host"),
+        ("fsspec+s3://b?key=AKIA1&secret=geheim&a=1", "fsspec+s3://b?key=***&secret=***&a=1"),
+        ("fsspec+az://c?sas_token=geheim", "fsspec+az://c?sas_token=***"),
+        ("file:///a/b?max_bytes=1", "file:///a/b?max_bytes=1"),
+        ("redis+unix:///run/redis.sock?db=1", "redis+unix:///run/redis.sock?db=1"),
+        ("file:///a#b", "file:///a#b"),
+        ("/a/path", "/a/path"),
+        ("tier+ram://?store=redis://:geheim@host", "tier+ram://?store=redis://:***@host"),
+        ("tier+ram://?store=a://b%3Fkey=c", "tier+ram://?store=a://b?key=***"),
+    ],
+)
+def test_a_url_is_shown_without_its_secrets(url: str, shown: str):
+    assert display_url(url) == shown
+
+
 # --- the registry
 
 
@@ -131,6 +159,29 @@ def test_a_url_is_opened_by_its_scheme(tmp_path: Path):
     with_files = open_backend(f"file://{tmp_path}/store?max_bytes=1MiB")
     assert isinstance(with_files, FileBackend)
     with_files.close()
+
+
+@pytest.mark.usefixtures("registered")
+def test_the_part_of_a_scheme_before_a_plus_finds_its_backend():
+    assert isinstance(open_backend("memory+other://"), MemoryBackend)
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_store_that_must_exist_is_not_made_by_opening_it(tmp_path: Path):
+    with pytest.raises(ConfigError, match="there is no store in this directory"):
+        open_backend(f"file://{tmp_path}/typo", create=False)
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_backend_without_its_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    class Unloadable(Entry):
+        def load(self) -> type[Backend]:
+            raise ModuleNotFoundError("No module named 'cloud'")
+
+    entries = [Unloadable("cloud", MemoryBackend)]
+    monkeypatch.setattr(kvcodec.backend, "entry_points", lambda group: entries)
+    with pytest.raises(ConfigError, match=r"No module named 'cloud'; pip install 'kvcodec\[cloud"):
+        open_backend("cloud://")
 
 
 @pytest.mark.usefixtures("registered")
@@ -269,6 +320,42 @@ class DeletesBlindly(Shared):
         return [True] * len(names)
 
 
+STALL = threading.Event()
+
+
+@contextmanager
+def stalled_store() -> Iterator[None]:
+    STALL.set()
+    try:
+        yield
+    finally:
+        STALL.clear()
+
+
+class WaitsForEver(Shared):
+    """As a client without a time-out of its own."""
+
+    def put(
+        self, names: Sequence[str], objects: Sequence[memoryview], *, timeout_seconds: float
+    ) -> list[PutResult]:
+        if STALL.is_set():
+            time.sleep(2.0)
+        return super().put(names, objects, timeout_seconds=timeout_seconds)
+
+
+class MakesWhatIsMissing(MemoryBackend):
+    @classmethod
+    def from_url(cls, url: str, *, create: bool = True) -> MemoryBackend:
+        return super().from_url(url)
+
+
+class CountsHits(Shared):
+    """The number of objects found, wherever they stand."""
+
+    def exists_prefix(self, names: Sequence[str], *, timeout_seconds: float) -> int:
+        return sum(super().exists(names, timeout_seconds=timeout_seconds))
+
+
 class ForgetsOnReopening(MemoryBackend):
     def __init__(self) -> None:
         super().__init__("")
@@ -287,14 +374,25 @@ FOUND_BY = {
     AcceptsAnyName: "a_wrong_name_is_a_config_error_everywhere",
     WritesInPieces: "concurrent_writers_of_one_name_never_mix",
     DeletesBlindly: "exists_delete_list_and_stat_agree",
+    WaitsForEver: "a_store_that_hangs_costs_a_call_its_deadline",
+    MakesWhatIsMissing: "a_store_that_must_exist_is_not_made",
+    CountsHits: "the_leading_run_ends_at_the_first_gap",
     ForgetsOnReopening: "a_reopened_store_has_its_objects",
 }
 
 
 def run_suite(backend_class: Callable[[], Backend], test: str) -> None:
     class Suite(BackendTests):
+        timeout_seconds = 5.0
+
         def open_backend(self) -> Backend:
             return backend_class()
+
+        def stalled(self) -> AbstractContextManager[None]:
+            return stalled_store()
+
+        def url_of_missing_store(self) -> tuple[type[Backend], str]:
+            return MakesWhatIsMissing, f"memory://{os.urandom(8).hex()}"
 
     getattr(Suite(), f"test_{test}")()
 

@@ -81,6 +81,9 @@ class FileConformance(BackendTests):
     def url_with_unknown_option(self) -> tuple[type[Backend], str]:
         return FileBackend, f"file://{self.root}?direct=1"
 
+    def url_of_missing_store(self) -> tuple[type[Backend], str]:
+        return FileBackend, f"file://{self.root}/typo"
+
 
 class TestConformance(FileConformance):
     pass

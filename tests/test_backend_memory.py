@@ -27,6 +27,9 @@ class TestConformance(BackendTests):
     def url_with_unknown_option(self) -> tuple[type[Backend], str]:
         return MemoryBackend, "memory://name?size=10"
 
+    def url_of_missing_store(self) -> tuple[type[Backend], str]:
+        return MemoryBackend, f"memory://{os.urandom(8).hex()}"
+
 
 class TestConformanceOfAPrivateStore(BackendTests):
     keeps_objects = False

@@ -98,7 +98,7 @@ class Store(FakeBackend):
 @pytest.fixture
 def store(monkeypatch) -> Store:
     backend = Store()
-    monkeypatch.setattr(stores, "open_backend", lambda url: backend)
+    monkeypatch.setattr(stores, "open_backend", lambda url, **_: backend)
     return backend
 
 

@@ -434,7 +434,7 @@ def test_key_is_found_in_every_namespace(capsys, tmp_path):
 
 
 def test_absent_page_has_its_own_exit_code(capsys, tmp_path):
-    url = f"file://{tmp_path}"
+    stores.open_backend(url := f"file://{tmp_path}").close()
     for words in (["nokey"], ["0" * 32 + "/" + "1" * 64], ["--namespace", "0" * 32, KEY]):
         code, document, err = run_json(capsys, "inspect", url, *words)
         assert code == 5
@@ -443,6 +443,7 @@ def test_absent_page_has_its_own_exit_code(capsys, tmp_path):
 
 
 def test_bad_namespace_is_a_usage_error(capsys, tmp_path):
+    (tmp_path / "objects").mkdir()
     code, _, err = run_text(capsys, "inspect", f"file://{tmp_path}", KEY, "--namespace", "ABC")
     assert code == 1
     assert "'ABC' is not 32 hex digits" in err
@@ -491,7 +492,7 @@ class TimedBackend(FakeBackend):
 def fake(monkeypatch) -> TimedBackend:
     backend = TimedBackend()
     backend.objects[namespace_of().object_name(KEY)] = make_page()
-    monkeypatch.setattr(stores, "open_backend", lambda url: backend)
+    monkeypatch.setattr(stores, "open_backend", lambda url, **_: backend)
     return backend
 
 

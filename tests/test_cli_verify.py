@@ -132,10 +132,17 @@ def test_unsupported_pages_have_their_own_exit_code(capsys, store):
 
 
 def test_empty_store_is_fine(capsys, tmp_path):
+    open_backend(f"file://{tmp_path}").close()
     code, document, _ = run_json(capsys, "verify", f"file://{tmp_path}")
     assert (code, document["checked"]) == (0, 0)
     _, out, _ = run_text(capsys, "verify", f"file://{tmp_path}")
     assert "has no pages" in out
+
+
+def test_a_mistyped_url_is_an_error_and_makes_no_store(capsys, tmp_path):
+    code, document, _ = run_json(capsys, "verify", f"file://{tmp_path}/typo")
+    assert code == 1 and "there is no store" in document["error"]["message"]
+    assert not (tmp_path / "typo").exists()
 
 
 @pytest.mark.parametrize(
@@ -184,7 +191,7 @@ def fake(monkeypatch) -> TimedBackend:
     backend = TimedBackend()
     for key in "abcdefgh":
         backend.objects[SPACES[0].object_name(key)] = make_page(key=key, namespace=SPACES[0])
-    monkeypatch.setattr(stores, "open_backend", lambda url: backend)
+    monkeypatch.setattr(stores, "open_backend", lambda url, **_: backend)
     return backend
 
 

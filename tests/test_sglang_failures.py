@@ -53,7 +53,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeBackend]:
     from kvcodec.sglang import storage
 
     backend = FakeBackend()
-    monkeypatch.setattr(storage, "open_backend", lambda url: backend)
+    monkeypatch.setattr(storage, "open_backend", lambda url, **_: backend)
     yield backend
     backend.hook = lambda operation, names: None
 

@@ -33,19 +33,6 @@ if [ ${#missing[@]} -eq 0 ]; then
     echo "system packages: all present"
     exit 0
 fi
-if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
-    echo "system packages: please install ${missing[*]} (Debian names), then run this again" >&2
-    exit 1
-fi
-
 echo "system packages: installing ${missing[*]}"
-export DEBIAN_FRONTEND=noninteractive
-install_missing() {
-    apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
-}
-# The package lists may be absent (a fresh container) or stale: refresh them only when needed.
-if ! install_missing 2>/dev/null; then
-    apt-get update -qq >/dev/null
-    install_missing
-fi
+"$(dirname "${BASH_SOURCE[0]}")/apt_install.sh" "${missing[@]}"
 echo "system packages: done"

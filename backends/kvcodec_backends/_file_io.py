@@ -21,6 +21,7 @@ __all__ = [
     "FULL_ERRNOS",
     "as_backend_error",
     "file_bytes",
+    "holds_store",
     "make_directory",
     "make_object_directory",
     "make_private_root",
@@ -154,6 +155,11 @@ def make_directory(path: str) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def holds_store(root: str) -> bool:
+    """Whether a store was ever opened in this directory."""
+    return os.path.isdir(f"{root}/objects")
 
 
 def make_private_root(root: str) -> None:

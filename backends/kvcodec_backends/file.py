@@ -41,6 +41,7 @@ from kvcodec_backends._file_io import (
     FULL_ERRNOS,
     as_backend_error,
     file_bytes,
+    holds_store,
     make_private_root,
     object_path,
     read_file,
@@ -69,7 +70,14 @@ class FileBackend(Backend):
     makes each object survive a loss of power before put answers.
     """
 
-    def __init__(self, root: str, *, max_bytes: int | None = None, fsync: bool = False) -> None:
+    def __init__(
+        self,
+        root: str,
+        *,
+        max_bytes: int | None = None,
+        fsync: bool = False,
+        create: bool = True,
+    ) -> None:
         if not root.startswith("/") or root.strip("/") == "" or "\0" in root:
             raise ConfigError(f"store directory {root!r}; wanted is an absolute path below /")
         if ".." in root.split("/"):
@@ -85,11 +93,14 @@ class FileBackend(Backend):
             swept_orphans=0, evicted_objects=0, evicted_bytes=0, scans=0
         )
         self._reset_process_state()
-        make_private_root(self._root)
+        if create:
+            make_private_root(self._root)
+        elif not holds_store(self._root):
+            raise ConfigError(f"{self._url}: there is no store in this directory")
         self._start()
 
     @classmethod
-    def from_url(cls, url: str) -> FileBackend:
+    def from_url(cls, url: str, *, create: bool = True) -> FileBackend:
         """Open the directory of a ``file:///`` URL."""
         parts, options = parse_options(url, ["max_bytes", "fsync"])
         if parts.netloc or parts.fragment:
@@ -104,6 +115,7 @@ class FileBackend(Backend):
             unquote(parts.path),
             max_bytes=None if limit is None else parse_byte_count("max_bytes", limit),
             fsync=fsync == "1",
+            create=create,
         )
 
     def put(

@@ -82,7 +82,9 @@ class MemoryBackend(Backend):
     name is nobody else's and ends with the backend. `max_bytes` is 1 GiB unless given.
     """
 
-    def __init__(self, name: str = "", *, max_bytes: int | None = None) -> None:
+    def __init__(
+        self, name: str = "", *, max_bytes: int | None = None, create: bool = True
+    ) -> None:
         if not _STORE_NAME.fullmatch(name):
             raise ConfigError(
                 f"memory store name {name!r}; allowed are up to 64 of A-Z a-z 0-9 . _ -"
@@ -94,6 +96,8 @@ class MemoryBackend(Backend):
         with _stores_lock:
             store = _stores.get(name) if name else None
             if store is None:
+                if not create:
+                    raise ConfigError(f"{self._url}: this process has no such memory store")
                 store = _MemoryStore(DEFAULT_MAX_BYTES if max_bytes is None else max_bytes)
                 if name:
                     _stores[name] = store
@@ -104,7 +108,7 @@ class MemoryBackend(Backend):
         self._store = store
 
     @classmethod
-    def from_url(cls, url: str) -> MemoryBackend:
+    def from_url(cls, url: str, *, create: bool = True) -> MemoryBackend:
         """Open the store of that name, creating it if need be."""
         parts, options = parse_options(url, ["max_bytes"])
         if parts.path or parts.fragment:
@@ -113,7 +117,9 @@ class MemoryBackend(Backend):
             )
         limit = options.get("max_bytes")
         return cls(
-            parts.netloc, max_bytes=None if limit is None else parse_byte_count("max_bytes", limit)
+            parts.netloc,
+            max_bytes=None if limit is None else parse_byte_count("max_bytes", limit),
+            create=create,
         )
 
     def put(

@@ -246,7 +246,7 @@ def _store(url: str, timeout_seconds: float) -> Check:
     """Write a page, read it, verify it and delete it again."""
 
     def look() -> str:
-        with opened(url) as backend:
+        with opened(url, create=True) as backend:
             return _canary(backend, timeout_seconds)
 
     return _guarded("store", look)

@@ -17,9 +17,12 @@ _LOOKUP_BATCH = 64
 
 
 @contextmanager
-def opened(url: str) -> Iterator[Backend]:
-    """The store of a URL, closed afterwards. Raises `ConfigError` for a URL that names none."""
-    backend = open_backend(url)
+def opened(url: str, *, create: bool = False) -> Iterator[Backend]:
+    """The store of a URL, closed afterwards. Raises `ConfigError` for a URL that names none.
+
+    A command that only looks must not make an empty store out of a typing error: see `create`.
+    """
+    backend = open_backend(url, create=create)
     try:
         yield backend
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from kvcodec.backend import Backend, GetResult
 
@@ -17,6 +17,9 @@ class StoreUnderTest:
     max_object_bytes: int = 8 << 20
     #: Whether objects outlive `close`.
     keeps_objects: bool = True
+    #: Whether a name that is replaced always leads to one of the two objects. A store without this
+    #: may answer "missing" in between; it still never shows a mixture.
+    replaces_atomically: bool = True
     #: Long enough for any one call of the suite on a slow machine.
     timeout_seconds: float = 60.0
     #: How many sequences of calls the comparison with a dict tries.
@@ -35,6 +38,18 @@ class StoreUnderTest:
 
     def url_with_unknown_option(self) -> tuple[type[Backend], str] | None:
         """The class and a URL of it that would work, were it not for one unknown option."""
+        return None
+
+    def url_of_missing_store(self) -> tuple[type[Backend], str] | None:
+        """The class and the URL of a store that nobody has made yet, but that could be made."""
+        return None
+
+    def stalled(self) -> AbstractContextManager[None] | None:
+        """While it is entered the store hangs: it takes connections and requests, and answers none.
+
+        Stopping the server's process (SIGSTOP) does it. None where a store cannot be made to hang,
+        or where a call that hangs cannot be given up, as in a file system of the kernel.
+        """
         return None
 
     @contextmanager

@@ -1,0 +1,157 @@
+"""Real servers for tests: started on loopback, stopped by pid, gone with the test process.
+
+    with RealServer(["redis-server", "--port", str(port)], ready=answers_on(port)) as server:
+        ...
+        with server.stalled():      # SIGSTOP: takes connections, answers nothing
+            ...
+        server.kill()               # SIGKILL, as the out-of-memory killer does
+
+What `make stores` installed lies in `STORES`; `need` skips a test, with the reason, where it could
+not be installed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+STORES = Path(sys.prefix) / "stores"
+START_SECONDS = 60.0
+STOP_SECONDS = 10.0
+_PR_SET_PDEATHSIG = 1
+_prctl = ctypes.CDLL(None).prctl
+
+
+def need(program: str | Path) -> str:
+    """The path of an installed program; skips the test where there is none."""
+    found = shutil.which(str(program))
+    if found is None:
+        pytest.skip(f"{Path(program).name} is not installed; `make stores` does it where it can")
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def answers_on(port: int) -> Callable[[], bool]:
+    """Whether somebody takes connections on a port of the loopback interface."""
+
+    def ready() -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1.0).close()
+        except OSError:
+            return False
+        return True
+
+    return ready
+
+
+def _end_with_parent() -> None:
+    """In the child, before exec: no server outlives a killed test."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class RealServer:
+    """One server process, from enter to exit. It may be killed and started again in between."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        ready: Callable[[], bool],
+        environment: Mapping[str, str] | None = None,
+        directory: Path | None = None,
+        start_seconds: float = START_SECONDS,
+    ) -> None:
+        self.command = list(command)
+        self._ready = ready
+        self._environment = os.environ | dict(environment or {})
+        self._directory = directory
+        self._start_seconds = start_seconds
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - open from enter to exit
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> RealServer:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._log.close()
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def log(self) -> str:
+        """The end of what the server has said."""
+        size = os.fstat(self._log.fileno()).st_size
+        return os.pread(self._log.fileno(), 4000, max(0, size - 4000)).decode(errors="replace")
+
+    def start(self) -> None:
+        """Start the process and wait until it is ready."""
+        assert self._process is None or self._process.poll() is not None, "it is running"
+        self._process = subprocess.Popen(
+            self.command,
+            env=self._environment,
+            cwd=self._directory,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )
+        deadline = time.monotonic() + self._start_seconds
+        while not self._ready():
+            if self._process.poll() is not None:
+                raise RuntimeError(f"{self.command[0]} ended at once:\n{self.log()}")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.command[0]} is not ready:\n{self.log()}")
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        """End it without giving it a chance to tidy up."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def stop(self) -> None:
+        """Ask it to end; insist after a while."""
+        if self._process is None or self._process.poll() is not None:
+            return
+        self._process.send_signal(signal.SIGCONT)
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    @contextmanager
+    def stalled(self) -> Iterator[None]:
+        """While entered the process stands still: the kernel takes connections, nobody answers."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
