@@ -24,6 +24,10 @@ class Deadline:
         """Whether it is too late to start anything."""
         return time.monotonic() >= self._at
 
+    def remaining_seconds(self) -> float:
+        """How much time is left for the next step; never negative."""
+        return max(0.0, self._at - time.monotonic())
+
     def error(self, verb: str, name: str) -> BackendTimeout:
         """The answer for an object that was not reached."""
         return BackendTimeout(f"{verb} {name}: not reached within {self._timeout_seconds:g} s")
