@@ -7,31 +7,24 @@ overlaps decoding another.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
 
-from kvcodec.backend import Backend, GetResult, PutResult, open_backend
-from kvcodec.codec import Codec
-from kvcodec.errors import (
-    ConfigError,
-    PageError,
-)
+from kvcodec.backend import GetResult, PutResult, open_backend
+from kvcodec.errors import ConfigError, PageError
+from kvcodec.guard import Attempt
 from kvcodec.identity import MAX_KEY_BYTES, Namespace, encode_key
 from kvcodec.layout import PageLayout, PageViews
+from kvcodec.pipeline import Pipeline, StoreOptions
 from kvcodec.plan import PagePlan, check_spec
 from kvcodec.spec import CodecSpec
 from kvcodec.transfer import Chunk, Transfer
-from kvcodec.workers import Buffers, Counters, IOThreads
 
 __all__ = ["PageStore", "Pipeline", "StoreOptions", "open_store"]
-
-logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 2 << 20
 _MAX_CHUNK_PAGES = 32
@@ -39,88 +32,6 @@ _CLEAR_TIMEOUT_SECONDS = 60.0
 _REMEMBERED_NAMES = 65536
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoreOptions:
-    """How much a pipeline may use, and how long a call may take.
-
-    `buffer_bytes` bounds staging memory. A stored page with fewer than `minimum_bits` bits per
-    element is a miss.
-    """
-
-    codec_threads: int = 2
-    io_threads: int = 4
-    buffer_bytes: int = 256 << 20
-    exists_timeout_seconds: float = 0.5
-    prefetch_timeout_seconds: float = 5.0
-    backup_timeout_seconds: float = 10.0
-    minimum_bits: int = 0
-
-    def __post_init__(self) -> None:
-        for name, whole, low, high in (
-            ("codec_threads", True, 1, 64),
-            ("io_threads", True, 1, 256),
-            ("buffer_bytes", True, 1 << 16, 1 << 40),
-            ("exists_timeout_seconds", False, 0.001, 3600),
-            ("prefetch_timeout_seconds", False, 0.001, 3600),
-            ("backup_timeout_seconds", False, 0.001, 3600),
-            ("minimum_bits", True, 0, 32),
-        ):
-            value = getattr(self, name)
-            allowed = int if whole else int | float
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, allowed)
-                or not low <= value <= high
-            ):
-                kind = "a whole number" if whole else "a number"
-                raise ConfigError(f"{name} is {value!r}, allowed is {kind} from {low} to {high}")
-
-
-class Pipeline:
-    """A backend with the threads, buffers and counters that the page stores of one process share.
-
-    Counters are named ``operation.outcome``, such as ``prefetch.hit``,
-    ``prefetch.corrupt:section_checksum``, ``backup.stored`` or ``backup.full``.
-    """
-
-    def __init__(self, backend: Backend, options: StoreOptions | None = None) -> None:
-        self.backend = backend
-        self.options = options or StoreOptions()
-        self.codec = Codec(self.options.codec_threads)
-        self.io = IOThreads(self.options.io_threads)
-        self.buffers = Buffers(self.options.buffer_bytes)
-        self.counts = Counters()
-
-    def counters(self) -> dict[str, int]:
-        """Every count so far, the backend's own under ``backend.``; never blocks."""
-        own = self.counts.snapshot()
-        return own | {f"backend.{name}": count for name, count in self.backend.counters().items()}
-
-    def guarded(self, operation: str, call: Callable[[], T]) -> T | None:
-        """The result of a backend call; None, counted and logged once, if it raises.
-
-        A backend answers with errors and raises none; but it may be anybody's code, and an I/O
-        thread must outlive it.
-        """
-        try:
-            return call()
-        except Exception as error:  # noqa: BLE001 - the border to code that is not ours
-            if f"{operation}.raised" not in self.counts.snapshot():
-                logger.warning(
-                    "the backend raised during %s; further ones are only counted: %r",
-                    operation,
-                    error,
-                )
-            self.counts.add(f"{operation}.raised")
-            return None
-
-    def close(self) -> None:
-        """Finish what is under way (briefly), then let go of threads and store. Twice is fine."""
-        self.io.close(timeout_seconds=2.0)
-        self.codec.close()
-        self.backend.close()
 
 
 class PageStore:
@@ -194,6 +105,9 @@ class PageStore:
         Nothing is read from `views` after this returns.
         """
         names = self._names(keys)
+        if not self._pipeline.writes.admits:
+            self._count("backup.refused", len(keys))
+            return [False] * len(keys)
         results = [
             there and name not in self._rewrite
             for there, name in zip(self._exists(names), names, strict=True)
@@ -216,7 +130,10 @@ class PageStore:
                 "backup", lambda: backend.put(wanted, chunk.pages, timeout_seconds=seconds)
             )
 
+        attempt = Attempt()
+
         def settle(chunk: Chunk, answers: list[PutResult] | None) -> None:
+            attempt.note(answers)
             for index, error in zip(chunk.indices, answers or [], strict=False):
                 results[index] = error is None
                 self._count("backup.stored" if error is None else f"backup.{error.label}")
@@ -226,13 +143,14 @@ class PageStore:
         transfer: Transfer[list[PutResult]] = self._transfer(
             self._pipeline.options.backup_timeout_seconds
         )
-        transfer.run(
+        attempt.silent += transfer.run(
             self._runs(todo, keys, marks),
             prepare=encode,
             work=put,
             settle=settle,
             drop=lambda indices: self._count("backup.dropped", len(indices)),
         )
+        self._pipeline.writes.settle(attempt)
         self._count("backup.failed", results.count(False))
         return results
 
@@ -244,6 +162,10 @@ class PageStore:
         """
         names = self._names(keys)
         results = [False] * len(keys)
+        if not self._pipeline.reads.admits:
+            self._count("prefetch.refused", len(keys))
+            return results
+        attempt = Attempt()
         deadline = time.monotonic() + self._pipeline.options.prefetch_timeout_seconds
 
         def get(chunk: Chunk, seconds: float) -> list[GetResult] | None:
@@ -257,6 +179,7 @@ class PageStore:
             )
 
         def settle(chunk: Chunk, answers: list[GetResult] | None) -> None:
+            attempt.note(answers)
             read = []
             for row, answer in enumerate(answers or []):
                 if isinstance(answer, int) and answer <= self._row_bytes:
@@ -280,13 +203,14 @@ class PageStore:
         transfer: Transfer[list[GetResult]] = self._transfer(
             self._pipeline.options.prefetch_timeout_seconds
         )
-        transfer.run(
+        attempt.silent += transfer.run(
             self._runs(list(range(len(keys))), keys, ["plain"] * len(keys)),
             prepare=lambda _: None,
             work=get,
             settle=settle,
             drop=lambda indices: self._count("prefetch.dropped", len(indices)),
         )
+        self._pipeline.reads.settle(attempt)
         self._count("prefetch.failed", results.count(False))
         return results
 
@@ -313,6 +237,10 @@ class PageStore:
 
     def _exists(self, names: list[str]) -> list[bool]:
         backend, timeout = self._pipeline.backend, self._pipeline.options.exists_timeout_seconds
+        if not self._pipeline.reads.admits:
+            self._count("exists.refused", len(names))
+            return [False] * len(names)
+        started, attempt = time.monotonic(), Attempt()
         answer = self._pipeline.io.call(
             lambda: self._pipeline.guarded(
                 # A little less than the caller waits, so that a partial answer still arrives.
@@ -322,6 +250,13 @@ class PageStore:
             None,
             timeout,
         )
+        # A backend answers "no" to what it could not ask in time, so a call that took all its time
+        # and found nothing is silence.
+        if time.monotonic() - started > 0.85 * timeout and not (answer and True in answer):
+            attempt.silent = 1
+        else:
+            attempt.note(answer)
+        self._pipeline.reads.settle(attempt)
         if answer is None:
             self._count("exists.unanswered")
             return [False] * len(names)

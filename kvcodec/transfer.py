@@ -57,9 +57,9 @@ class Transfer(Generic[Answer]):
         work: Callable[[Chunk, float], Answer | None],
         settle: Callable[[Chunk, Answer | None], None],
         drop: Callable[[list[int]], None],
-    ) -> None:
+    ) -> int:
         """For every run of page indices: `prepare` here, `work` on an I/O thread, `settle` here
-        again.
+        again. Returns how many chunks were started and not answered by the deadline.
 
         `work` gets the seconds left and must not raise. While one chunk is worked on, others are
         prepared and settled. `drop` is told of pages that found no buffer, no thread or no time.
@@ -76,6 +76,7 @@ class Transfer(Generic[Answer]):
                     drop(indices)
             while self._waiting and self._settle_one(settle):
                 pass
+            return self._waiting
         finally:
             self._leave()
 

@@ -19,6 +19,9 @@ __all__ = ["Buffers", "Counters", "IOThreads"]
 
 T = TypeVar("T")
 
+# Threads that hang for ever, in multiples of those that work: a bound, whatever a store does.
+_MAX_GIVEN_UP_FACTOR = 3
+
 
 class Counters:
     """Monotonic named counts. Reading never blocks: it copies a plain dict."""
@@ -42,13 +45,15 @@ class IOThreads:
 
     Daemon, because a call into a dead mount cannot be interrupted: neither the engine nor the end
     of the process may wait for it. At most `limit` tasks wait; more are refused, so a hanging store
-    costs no memory.
+    costs no memory. Threads that hang in a call can be replaced, each number of them three times.
     """
 
     def __init__(self, count: int, limit: int = 256) -> None:
         self._count = count
         self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue(limit)
         self._threads: list[threading.Thread] = []
+        self._busy_since: dict[threading.Thread, float] = {}
+        self._given_up: set[threading.Thread] = set()
         self._lock = threading.Lock()
         self._closed = False
 
@@ -60,11 +65,7 @@ class IOThreads:
             if self._closed:
                 return False
             if len(self._threads) < self._count:
-                thread = threading.Thread(
-                    target=self._run, name=f"kvcodec-io-{len(self._threads)}", daemon=True
-                )
-                self._threads.append(thread)
-                thread.start()
+                self._add_thread()
         try:
             self._tasks.put_nowait(task)
         except queue.Full:
@@ -81,6 +82,28 @@ class IOThreads:
         except queue.Empty:
             return default
 
+    def replace_stuck(self, older_than_seconds: float) -> int:
+        """Start a thread for each that has been in one task for so long; how many were started.
+
+        A store that comes back on new connections or a new mount does not wake the calls that hang
+        in the old one. A thread given up ends when its call does.
+        """
+        now = time.monotonic()
+        with self._lock:
+            room = _MAX_GIVEN_UP_FACTOR * self._count - len(self._given_up)
+            stuck = [
+                thread
+                for thread, since in self._busy_since.items()
+                if now - since > older_than_seconds and thread not in self._given_up
+            ][: max(0, room)]
+            if self._closed:
+                return 0
+            for thread in stuck:
+                self._given_up.add(thread)
+                self._threads.remove(thread)
+                self._add_thread()
+            return len(stuck)
+
     def close(self, timeout_seconds: float) -> None:
         """Take no more tasks and wait a while for those under way."""
         with self._lock:
@@ -94,10 +117,23 @@ class IOThreads:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
+    def _add_thread(self) -> None:
+        """The caller holds the lock."""
+        thread = threading.Thread(target=self._run, name="kvcodec-io", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
     def _run(self) -> None:
+        thread = threading.current_thread()
         while (task := self._tasks.get()) is not None:
+            self._busy_since[thread] = time.monotonic()
             task()
             del task  # a finished task must not keep its buffers alive while the thread waits
+            with self._lock:
+                del self._busy_since[thread]
+                if thread in self._given_up:
+                    self._given_up.remove(thread)
+                    return
 
 
 class Buffers:

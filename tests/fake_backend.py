@@ -64,6 +64,7 @@ class FakeBackend(Backend):
                 yield ObjectInfo(name, len(data), time.time())
 
     def stat(self, name: str, *, timeout_seconds: float) -> ObjectInfo | None:
+        self._begin("stat", [name])
         data = self.objects.get(name)
         return None if data is None else ObjectInfo(name, len(data), time.time())
 

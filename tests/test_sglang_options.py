@@ -95,6 +95,8 @@ def test_option_unlike_any_other_gets_the_whole_list():
         ("buffer_bytes", 1),
         ("prefetch_timeout_seconds", 0),
         ("minimum_bits", 64),
+        ("breaker_failures", -1),
+        ("breaker_cooldown_seconds", 0),
         ("nbits_key", 3),
     ],
 )
@@ -273,6 +275,41 @@ def test_minimum_bits_makes_coarser_pages_misses(open_storage: Opener):
     assert reader.batch_get_v1(KEYS[:4], slots_of(0, 1, 2, 3)) == [True] * 4
 
 
+@needs_sglang
+@pytest.mark.parametrize(("failures", "calls"), [(0, 6), (1, 1), (4, 4)])
+def test_breaker_failures_bound_the_calls_into_a_failing_store(
+    failures: int, calls: int, backend: FakeBackend, open_storage: Opener
+):
+    storage = open_storage(breaker_failures=failures, breaker_cooldown_seconds=60)
+
+    def fail(called: str, _: Sequence[str]) -> None:
+        raise OSError(called)
+
+    backend.hook = fail
+    backend.calls.clear()
+    for _ in range(6):
+        assert storage.batch_exists(KEYS) == 0
+    assert len(backend.calls) == calls
+
+
+@needs_sglang
+def test_breaker_cooldown_is_how_long_a_store_is_left_alone(
+    backend: FakeBackend, open_storage: Opener
+):
+    def fail(called: str, _: Sequence[str]) -> None:
+        if called == "exists":
+            raise OSError(called)
+
+    for seconds, back in ((0.05, True), (60, False)):
+        storage = open_storage(breaker_failures=1, breaker_cooldown_seconds=seconds)
+        back_up(storage)
+        backend.hook = fail
+        assert storage.batch_exists(KEYS) == 0
+        backend.hook = lambda called, _: None
+        time.sleep(0.5)
+        assert (storage.batch_exists(KEYS) == 4) is back
+
+
 TIMEOUTS: dict[str, tuple[str, Callable[[KVCodecStorage], object]]] = {
     "exists_timeout_seconds": ("exists", lambda storage: storage.batch_exists(KEYS)),
     "prefetch_timeout_seconds": (
@@ -373,6 +410,7 @@ TESTED_OPTIONS = (
     | set(TIMEOUTS)
     | {"namespace", "revision", "salt", "minimum_bits"}
     | {"io_threads", "codec_threads", "buffer_bytes", "url"}
+    | {"breaker_failures", "breaker_cooldown_seconds"}
 )
 
 

@@ -26,8 +26,8 @@ from sglang_fakes import (
 from sglang_harness import HAS_SGLANG
 from sglang_pools import start_sglang
 
+from kvcodec.log import RateLimitedLog
 from kvcodec.sglang.hits import PoolHits, leading_run, restorable_prefixes
-from kvcodec.sglang.metrics import RateLimitedLog
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ OPTIONS = StoreOptions(
     exists_timeout_seconds=0.3,
     prefetch_timeout_seconds=0.5,
     backup_timeout_seconds=0.5,
+    breaker_failures=0,
 )
 #: How late a call may end after its deadline: a thread switch on a loaded machine, not a wait.
 SLACK_SECONDS = 0.4

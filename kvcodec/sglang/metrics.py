@@ -1,39 +1,14 @@
-"""What the adapter tells of itself: batches for SGLang's metrics, and a log that stays quiet."""
+"""What the adapter tells SGLang of itself: its batches, for SGLang's metrics."""
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sglang.srt.observability.metrics_collector import StorageMetrics
 
-__all__ = ["RateLimitedLog", "TransferStats"]
-
-
-class RateLimitedLog:
-    """One line per kind of event and minute, with the number of those left out."""
-
-    def __init__(self, logger: logging.Logger, interval_seconds: float = 60.0) -> None:
-        self._logger = logger
-        self._interval_seconds = interval_seconds
-        self._quiet_until: dict[str, float] = {}
-        self._left_out: dict[str, int] = {}
-
-    def report(self, kind: str, message: str, *arguments: object) -> None:
-        """Log unless an event of this kind was logged within the interval."""
-        now = time.monotonic()
-        if now < self._quiet_until.get(kind, 0.0):
-            self._left_out[kind] = self._left_out.get(kind, 0) + 1
-            return
-        self._quiet_until[kind] = now + self._interval_seconds
-        left_out = self._left_out.pop(kind, 0)
-        text = message % arguments
-        if left_out:
-            text += f" ({left_out} like this since the last line)"
-        self._logger.warning("kvcodec: %s", text)
+__all__ = ["TransferStats"]
 
 
 class TransferStats:

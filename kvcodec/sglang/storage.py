@@ -18,8 +18,9 @@ from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolTransferRes
 from kvcodec.backend import open_backend
 from kvcodec.errors import ConfigError
 from kvcodec.layout import PageViews
+from kvcodec.log import RateLimitedLog
 from kvcodec.sglang.hits import PoolHits, Restorable, leading_run, restorable_prefixes
-from kvcodec.sglang.metrics import RateLimitedLog, TransferStats
+from kvcodec.sglang.metrics import TransferStats
 from kvcodec.sglang.options import AdapterOptions
 from kvcodec.sglang.pools import PoolPages, is_logical
 from kvcodec.sglang.registration import open_pool
