@@ -116,6 +116,22 @@ class Backend(abc.ABC):
         store fails.
         """
 
+    def staging_memory(self, size: int) -> memoryview | None:
+        """Writable memory of `size` bytes between which and the store objects move fastest: shared
+        with a server, registered with a network card. None where any memory will do.
+
+        It is freed when the last reference to it is gone.
+        """
+        del size
+        return None
+
+    def is_idle(self, memory: memoryview) -> bool:
+        """Whether nobody but the caller can write to this staging memory any more. A call that gave
+        up at its deadline may leave a server behind that is still writing.
+        """
+        del memory
+        return True
+
     @abc.abstractmethod
     def close(self) -> None:
         """Let go of files and connections. Afterwards nothing exists, reads and writes answer

@@ -82,7 +82,7 @@ class Pipeline:
         self.options = options or StoreOptions()
         self.codec = Codec(self.options.codec_threads)
         self.io = IOThreads(self.options.io_threads)
-        self.buffers = Buffers(self.options.buffer_bytes)
+        self.buffers = Buffers(self.options.buffer_bytes, backend.staging_memory, backend.is_idle)
         self.counts = Counters()
         self._log = RateLimitedLog(logger)
         self.reads = self._breaker("read")

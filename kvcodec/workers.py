@@ -136,6 +136,12 @@ class IOThreads:
                     return
 
 
+def _own_memory(size: int) -> memoryview:
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)
+
+
 class Buffers:
     """Staging memory of at most `limit_bytes`, page-aligned, reused.
 
@@ -144,9 +150,20 @@ class Buffers:
     memory without bound.
     """
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(
+        self,
+        limit_bytes: int,
+        allocate: Callable[[int], memoryview | None] = lambda _: None,
+        is_idle: Callable[[memoryview], bool] = lambda _: True,
+    ) -> None:
+        """`allocate` may know better memory than this process's own; a buffer of it is used again
+        once `is_idle` says that nobody else writes to it.
+        """
         self.limit_bytes = limit_bytes
+        self._allocate = allocate
+        self._is_idle = is_idle
         self._free: list[npt.NDArray[np.uint8]] = []
+        self._in_doubt: list[npt.NDArray[np.uint8]] = []
         self.allocated_bytes = 0
         self._changed = threading.Condition()
 
@@ -155,6 +172,7 @@ class Buffers:
         deadline = time.monotonic() + timeout_seconds
         with self._changed:
             while True:
+                self._settle_doubts()
                 for index, buffer in enumerate(self._free):
                     if len(buffer) == size:
                         return self._free.pop(index)
@@ -165,12 +183,23 @@ class Buffers:
                     break
                 if not self._changed.wait(max(0.0, deadline - time.monotonic())):
                     return None
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        return np.frombuffer(memory, np.uint8)
+        try:
+            memory = self._allocate(size)
+            return np.frombuffer(_own_memory(size) if memory is None else memory, np.uint8)
+        except BaseException:
+            with self._changed:
+                self.allocated_bytes -= size
+            raise
 
     def release(self, buffer: npt.NDArray[np.uint8]) -> None:
         """Give a buffer back; nobody may use it any more."""
         with self._changed:
-            self._free.append(buffer)
+            self._in_doubt.append(buffer)
+            self._settle_doubts()
             self._changed.notify()
+
+    def _settle_doubts(self) -> None:
+        """The caller holds the lock."""
+        in_doubt, self._in_doubt = self._in_doubt, []
+        for buffer in in_doubt:
+            (self._free if self._is_idle(buffer.data) else self._in_doubt).append(buffer)
