@@ -131,12 +131,12 @@ class Breaker:
         else:
             return
         self._recovered()
+        self._counts.add(f"{self.name}_breaker.closed")
+        self._log.report(f"{self.name} breaker closed", "the store answers again: %ss", self.name)
         with self._lock:
             # The next failure counts anew, but how often it opened is kept until a call succeeds.
             self._failed_in_a_row = 0
             self._open = False
-        self._counts.add(f"{self.name}_breaker.closed")
-        self._log.report(f"{self.name} breaker closed", "the store answers again: %ss", self.name)
 
     def _answers(self) -> bool:
         started = time.monotonic()
