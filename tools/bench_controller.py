@@ -14,31 +14,20 @@ import json
 import os
 import shutil
 import statistics
-import sys
 import tempfile
-import time
-from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+from controller_timing import GEOMETRIES, fill_host_pool, time_backup, time_prefetch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
 from sglang_controller import ControllerSession
-from sglang_harness import WAIT_SECONDS, make_tokens
-
-GEOMETRIES = {
-    "qwen2.5-7b": {"layer_count": 28, "head_count": 4, "head_size": 128},
-    "llama3.1-8b": {"layer_count": 32, "head_count": 8, "head_size": 128},
-}
+from sglang_harness import make_tokens
 
 
 @dataclass
-class Timing:
+class Round:
     """Seconds of one backup and one prefetch, tokens that came back, and bytes on disk."""
 
     backup: float
@@ -47,7 +36,7 @@ class Timing:
     stored_bytes: int
 
 
-def measure(case: str, layout: str, geometry: str, tokens: int, directory: Path) -> Timing:
+def measure(case: str, layout: str, geometry: str, tokens: int, directory: Path) -> Round:
     """One round trip of one backend: ``file``, or a kvcodec preset."""
     extra: dict[str, object] = {}
     if case != "file":
@@ -64,47 +53,18 @@ def measure(case: str, layout: str, geometry: str, tokens: int, directory: Path)
         return _round_trip(session, make_tokens(tokens, seed=1), directory)
 
 
-def _round_trip(session: ControllerSession, tokens: list[int], directory: Path) -> Timing:
-    # Slow to import, and not needed for --help.
-    import torch
-    from sglang.srt.mem_cache.utils import get_hash_str
-
-    controller = session.controller
-    host_slots = controller.mem_pool_host.alloc(len(tokens))
-    rows = np.random.default_rng(0).standard_normal(1 << 20).astype(np.float32)
-    bits = (rows.view(np.uint32) >> 16).astype(np.int16)
-    flat = controller.mem_pool_host.kv_buffer.view(torch.int16).numpy().reshape(-1)
-    for start in range(0, flat.size, bits.size):
-        part = flat[start : start + bits.size]
-        part[:] = bits[: part.size]
-    hashes = get_hash_str(array("q", tokens), None, page_size=session.page_size)
-    start = time.perf_counter()
-    controller.write_storage(host_slots, tokens, hashes)
-    controller.ack_backup_queue.get(timeout=WAIT_SECONDS)
-    backup = time.perf_counter() - start
-    controller.evict_host(host_slots)
+def _round_trip(session: ControllerSession, tokens: list[int], directory: Path) -> Round:
+    fill_host_pool(session)
+    backup = time_backup(session, tokens)
     stored = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-    start = time.perf_counter()
-    controller.prefetch("request", tokens)
-    operation = controller.prefetch_hit_queue.get(timeout=WAIT_SECONDS)
-    operation.host_indices = controller.alloc_prefetch_host_buffers(
-        operation, operation.storage_hit_count
-    )
-    controller.prefetch_buffer.put(operation)
-    loaded = 0
-    while not (
-        acknowledgement := controller.ack_prefetch_queue.get(timeout=WAIT_SECONDS)
-    ).completed_req:
-        loaded = acknowledgement.completed_tokens or loaded
-    prefetch = time.perf_counter() - start
-    controller.evict_host(operation.host_indices)
-    return Timing(backup, prefetch, loaded, stored)
+    prefetch = time_prefetch(session, tokens)
+    return Round(backup.seconds, prefetch.seconds, prefetch.tokens, stored)
 
 
 def run(options: argparse.Namespace, console: Console) -> list[dict[str, object]]:
     """All rounds, the order turned each time; medians and spread per case."""
     cases: list[str] = options.cases.split(",")
-    timings: dict[str, list[Timing]] = {case: [] for case in cases}
+    timings: dict[str, list[Round]] = {case: [] for case in cases}
     with Progress(console=console) as progress:
         task = progress.add_task("rounds", total=(options.rounds + 1) * len(cases))
         for number in range(options.rounds + 1):
@@ -128,7 +88,7 @@ def run(options: argparse.Namespace, console: Console) -> list[dict[str, object]
     return [_row(case, timings[case], timings[cases[0]], options.tokens) for case in cases]
 
 
-def _row(case: str, mine: list[Timing], reference: list[Timing], tokens: int) -> dict[str, object]:
+def _row(case: str, mine: list[Round], reference: list[Round], tokens: int) -> dict[str, object]:
     row: dict[str, object] = {"case": case, "stored_bytes": mine[0].stored_bytes}
     for name in ("backup", "prefetch"):
         seconds = [getattr(timing, name) for timing in mine]
