@@ -128,7 +128,7 @@ class Breaker:
                 break
             self._counts.add(f"{self.name}_breaker.probe_failed")
             seconds = min(2 * seconds, _MAX_COOLDOWN_FACTOR * self._cooldown_seconds)
-        else:
+        if self._closing.is_set():
             return
         self._recovered()
         self._counts.add(f"{self.name}_breaker.closed")
