@@ -70,32 +70,37 @@ def read_file(path: str, buffer: memoryview) -> int | None:
     """
     try:
         fd = os.open(path, _READ_FLAGS)
+        try:
+            return _read_open_file(fd, buffer)
+        finally:
+            os.close(fd)
     except OSError as error:
-        if error.errno in _ABSENT_ERRNOS:
+        # Between open and read a network file system may find that the file is gone.
+        if error.errno in _ABSENT_ERRNOS or error.errno == errno.ESTALE:
             return None
         raise
-    try:
-        status = os.fstat(fd)
-        size = status.st_size
-        if not stat.S_ISREG(status.st_mode) or size == 0:
-            return None
-        if size > len(buffer):
-            return size
-        # One byte more than there should be: finds a file that grew at no further system call.
-        beyond = bytearray(1)
-        count = os.preadv(fd, [buffer[:size], beyond], 0)
-        while count < size:
-            more = os.preadv(fd, [buffer[count:size], beyond], count)
-            if more == 0:
-                break
-            count += more
-        if count != size:
-            raise OSError(
-                errno.EIO, f"{size} bytes long when opened, {count} read: somebody writes to it"
-            )
+
+
+def _read_open_file(fd: int, buffer: memoryview) -> int | None:
+    status = os.fstat(fd)
+    size = status.st_size
+    if not stat.S_ISREG(status.st_mode) or size == 0:
+        return None
+    if size > len(buffer):
         return size
-    finally:
-        os.close(fd)
+    # One byte more than there should be: finds a file that grew at no further system call.
+    beyond = bytearray(1)
+    count = os.preadv(fd, [buffer[:size], beyond], 0)
+    while count < size:
+        more = os.preadv(fd, [buffer[count:size], beyond], count)
+        if more == 0:
+            break
+        count += more
+    if count != size:
+        raise OSError(
+            errno.EIO, f"{size} bytes long when opened, {count} read: somebody writes to it"
+        )
+    return size
 
 
 def write_file(path: str, view: memoryview, *, fsync: bool) -> None:

@@ -1,4 +1,4 @@
-"""Publishing objects: each under a name of its own first, then renamed to where readers look."""
+"""Writing objects: each under a name of its own first, then published where readers look."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from kvcodec_backends._file_io import (
     write_file,
 )
 from kvcodec_backends._file_orphans import TemporaryNames
+from kvcodec_backends._file_publish import Publisher
 
 __all__ = ["ObjectWriter"]
 
@@ -23,12 +24,13 @@ class ObjectWriter:
     thread.
     """
 
-    def __init__(self, root: str, *, fsync: bool) -> None:
+    def __init__(self, root: str, *, fsync: bool, publish: str) -> None:
         self.objects = f"{root}/objects"
         self.temporaries = f"{root}/tmp"
         self._root = root
         self._fsync = fsync
         self._names = TemporaryNames()
+        self.publisher = Publisher(publish, self.temporaries, self._names)
         # What could not even be removed: a full copy-on-write file system refuses that too.
         self._leftovers: deque[str] = deque()
 
@@ -37,6 +39,7 @@ class ObjectWriter:
         # The parent of the root is not made: a mount point that lost its mount must not be filled.
         for path in (self._root, self.objects, self.temporaries):
             make_directory(path)
+        self.publisher.observe()
 
     def write(self, name: str, view: memoryview) -> None:
         """Make `view` the object `name`: whole, or not at all and with nothing left behind."""
@@ -49,12 +52,12 @@ class ObjectWriter:
                 self.make_directories()
                 write_file(temporary, view, fsync=self._fsync)
             try:
-                os.rename(temporary, target)
+                self.publisher.publish(temporary, target)
             except FileNotFoundError:
                 for parent in make_object_directory(self.objects, name):
                     if self._fsync:
                         sync_directory(parent)
-                os.rename(temporary, target)
+                self.publisher.publish(temporary, target)
         except BaseException:
             self._discard(temporary)
             raise

@@ -7,9 +7,9 @@
         tmp/                                        objects being written
         ledger                                      only with max_bytes: who keeps how many bytes
 
-An object is written under `tmp` and renamed, so its name leads to a whole object or to none, and
-the last complete writer wins. Nothing is synced to the disk unless `fsync=1`: this is a cache,
-and what a loss of power damages, the page's own checksums turn into a miss.
+An object is written under `tmp` and published from there, so its name leads to a whole object or
+to none, and the last complete writer wins. Nothing is synced to the disk unless `fsync=1`: this is
+a cache, and what a loss of power damages, the page's own checksums turn into a miss.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ from kvcodec_backends._file_io import (
     make_private_root,
     object_path,
     read_file,
-    remove_file,
     scan_objects,
 )
 from kvcodec_backends._file_orphans import sweep_orphans
+from kvcodec_backends._file_publish import file_system_type
 from kvcodec_backends._file_quota import Quota
 from kvcodec_backends._file_writer import ObjectWriter
 
@@ -63,11 +63,13 @@ _PUT_LOCK_TIMEOUT_SECONDS = 0.25
 
 
 class FileBackend(Backend):
-    """``file:///abs/path?max_bytes=10GB&fsync=1``: one file per object.
+    """``file:///abs/path?max_bytes=10GB&fsync=1&publish=link``: one file per object.
 
     `max_bytes` bounds the lengths of all files under the root, whichever processes wrote them;
     the least recently used go first. Without it the store grows until the disk is full. `fsync`
-    makes each object survive a loss of power before put answers.
+    makes each object survive a loss of power before put answers. `publish` is ``rename``, ``link``
+    for mounts that several hosts share (JuiceFS, NFS, CephFS ...), or ``auto``, which looks what
+    the directory is on; on a shared one there is no `max_bytes`.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class FileBackend(Backend):
         *,
         max_bytes: int | None = None,
         fsync: bool = False,
+        publish: str = "auto",
         create: bool = True,
     ) -> None:
         if not root.startswith("/") or root.strip("/") == "" or "\0" in root:
@@ -85,7 +88,7 @@ class FileBackend(Backend):
         if max_bytes is not None and max_bytes < 1:
             raise ConfigError(f"max_bytes is {max_bytes}, must be at least 1")
         self._root = root.rstrip("/")
-        self._writer = ObjectWriter(self._root, fsync=fsync)
+        self._writer = ObjectWriter(self._root, fsync=fsync, publish=publish)
         self._max_bytes = max_bytes
         self._url = f"file://{self._root}"
         self._closed = False
@@ -102,7 +105,7 @@ class FileBackend(Backend):
     @classmethod
     def from_url(cls, url: str, *, create: bool = True) -> FileBackend:
         """Open the directory of a ``file:///`` URL."""
-        parts, options = parse_options(url, ["max_bytes", "fsync"])
+        parts, options = parse_options(url, ["max_bytes", "fsync", "publish"])
         if parts.netloc or parts.fragment:
             raise ConfigError(
                 f"{url!r}: wanted is file:///absolute/path, three slashes, and # written as %23"
@@ -115,6 +118,7 @@ class FileBackend(Backend):
             unquote(parts.path),
             max_bytes=None if limit is None else parse_byte_count("max_bytes", limit),
             fsync=fsync == "1",
+            publish=options.get("publish", "auto"),
             create=create,
         )
 
@@ -221,13 +225,14 @@ class FileBackend(Backend):
                 self._quota.close()
 
     def counters(self) -> Mapping[str, int]:
-        """Swept orphans, evictions, and scans of the tree."""
-        return dict(self._counts)
+        """Swept orphans, evictions, scans of the tree, and renames for want of links."""
+        return dict(self._counts) | {"unlinkable_files": self._writer.publisher.unlinkable_count}
 
     def _start(self) -> None:
         """Set up what a writer needs; a store that can only be read is fine too."""
         try:
             self._writer.make_directories()
+            self._check_countable()
             self._count("swept_orphans", sweep_orphans(self._writer.temporaries))
             if self._max_bytes is not None:
                 self._open_quota(_OPEN_LOCK_TIMEOUT_SECONDS)
@@ -239,6 +244,14 @@ class FileBackend(Backend):
         except OSError:
             # Every put tries again, and answers what is wrong.
             pass
+
+    def _check_countable(self) -> None:
+        if self._max_bytes is not None and self._writer.publisher.is_shared:
+            raise ConfigError(
+                f"{self._url}: max_bytes cannot be kept on a shared file system "
+                f"({file_system_type(self._root)}), where a host does not see at once what others "
+                "write; set a quota there instead, or publish=rename if it is a local one after all"
+            )
 
     def _reset_process_state(self) -> None:
         """What a child cannot take over from its parent: locks that may be held, the account."""
@@ -356,7 +369,7 @@ class FileBackend(Backend):
     def _delete_one(self, name: str) -> bool:
         path = object_path(self._writer.objects, name)
         found = file_bytes(path)
-        if found is None or not remove_file(path):
+        if found is None or not self._writer.publisher.withdraw(path):
             return False
         quota = self._quota
         if quota is not None and self._pid == os.getpid():
