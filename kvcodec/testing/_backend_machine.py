@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 from kvcodec.backend import Backend
 
@@ -29,6 +29,8 @@ def compare_with_dict(
     open_backend: Callable[[], Backend],
     *,
     keeps_objects: bool,
+    can_delete: bool,
+    can_list: bool,
     example_count: int,
     timeout_seconds: float,
 ) -> None:
@@ -38,8 +40,11 @@ def compare_with_dict(
         """hypothesis makes one without arguments for each sequence."""
 
         def __init__(self) -> None:
-            super().__init__(open_backend, keeps_objects, timeout_seconds)
+            super().__init__(open_backend, timeout_seconds)
 
+    Machine.keeps_objects = keeps_objects
+    Machine.can_delete = can_delete
+    Machine.can_list = can_list
     run_state_machine_as_test(
         Machine,
         settings=settings(
@@ -52,14 +57,15 @@ def compare_with_dict(
 
 
 class BackendMachine(RuleBasedStateMachine):
-    """One sequence of calls."""
+    """One sequence of calls, of those that the store can do."""
 
-    def __init__(
-        self, open_backend: Callable[[], Backend], keeps_objects: bool, timeout_seconds: float
-    ) -> None:
+    keeps_objects = True
+    can_delete = True
+    can_list = True
+
+    def __init__(self, open_backend: Callable[[], Backend], timeout_seconds: float) -> None:
         super().__init__()
         self.open_backend = open_backend
-        self.keeps_objects = keeps_objects
         self.timeout_seconds = timeout_seconds
         self.backend = open_backend()
         # A namespace for each sequence: the store need not be emptied in between.
@@ -98,6 +104,7 @@ class BackendMachine(RuleBasedStateMachine):
         results = self.backend.exists(names, timeout_seconds=self.timeout_seconds)
         assert results == [name in self.model for name in names]
 
+    @precondition(lambda self: self.can_delete)
     @rule(digests=_batches)
     def delete(self, digests: list[str]) -> None:
         """The second of two equal names finds nothing."""
@@ -113,18 +120,19 @@ class BackendMachine(RuleBasedStateMachine):
         expected = self.model.get(name)
         assert (info and info.stored_bytes) == (expected and len(expected))
 
+    @precondition(lambda self: self.can_list)
     @rule()
     def list_all(self) -> None:
         """Exactly what is there."""
         listed = [(info.name, info.stored_bytes) for info in self.backend.list(self.namespace)]
         assert sorted(listed) == sorted((name, len(data)) for name, data in self.model.items())
 
+    @precondition(lambda self: self.keeps_objects)
     @rule()
     def reopen(self) -> None:
         """Nothing is lost."""
-        if self.keeps_objects:
-            self.backend.close()
-            self.backend = self.open_backend()
+        self.backend.close()
+        self.backend = self.open_backend()
 
     def teardown(self) -> None:
         """Leave the store as it was."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 from kvcodec.backend import Backend, GetResult
+from kvcodec.testing._backend_samples import skip
 
 __all__ = ["StoreUnderTest"]
 
@@ -20,6 +21,10 @@ class StoreUnderTest:
     #: Whether a name that is replaced always leads to one of the two objects. A store without this
     #: may answer "missing" in between; it still never shows a mixture.
     replaces_atomically: bool = True
+    #: Whether objects can be removed. Where not, `delete` answers False for each.
+    can_delete: bool = True
+    #: Whether objects can be listed. Where not, `list` raises `BackendError`.
+    can_list: bool = True
     #: Long enough for any one call of the suite on a slow machine.
     timeout_seconds: float = 60.0
     #: How many sequences of calls the comparison with a dict tries.
@@ -93,6 +98,13 @@ class StoreUnderTest:
             assert result is None or 0 < result <= buffer_bytes
             found.append(None if result is None else bytes(buffer[:result]))
         return found
+
+    def needs(self, *, delete: bool = False, list_: bool = False) -> None:
+        """Skip the running test if the store cannot do what it is about."""
+        if delete and not self.can_delete:
+            skip("objects of this store cannot be removed")
+        if list_ and not self.can_list:
+            skip("objects of this store cannot be listed")
 
     def exists(self, backend: Backend, names: Sequence[str]) -> list[bool]:
         """`Backend.exists` with the suite's deadline."""

@@ -73,7 +73,8 @@ class BackendTests(ArgumentTests):
         with self.connection() as backend:
             self.put(backend, {name: data})
             assert self.get(backend, [name], len(data)) == [data]
-            assert backend.delete([name], timeout_seconds=self.timeout_seconds) == [True]
+            gone = backend.delete([name], timeout_seconds=self.timeout_seconds)
+            assert gone == [self.can_delete]
 
     def test_reading_leaves_the_rest_of_a_buffer_alone(self) -> None:
         name, data = fresh_name(), os.urandom(1000)
@@ -91,7 +92,10 @@ class BackendTests(ArgumentTests):
                 data = os.urandom(size)
                 self.put(backend, {name: data})
                 assert self.get(backend, [name], 80000) == [data]
-                assert [info.stored_bytes for info in backend.list(name[:32])] == [size]
+                info = backend.stat(name, timeout_seconds=self.timeout_seconds)
+                assert info is not None and info.stored_bytes == size
+                if self.can_list:
+                    assert [info.stored_bytes for info in backend.list(name[:32])] == [size]
 
     def test_the_last_of_two_equal_names_in_a_batch_wins(self) -> None:
         name = fresh_name()
@@ -130,6 +134,7 @@ class BackendTests(ArgumentTests):
             assert backend.delete([], timeout_seconds=1) == []
 
     def test_a_missing_object_is_none_and_moves_no_other_result(self) -> None:
+        self.needs(delete=True)
         names = fresh_names(8)
         objects = {name: os.urandom(100 + index) for index, name in enumerate(names)}
         with self.connection() as backend:
@@ -162,7 +167,27 @@ class BackendTests(ArgumentTests):
 
     # Names
 
+    def test_exists_and_stat_agree(self) -> None:
+        there, missing = fresh_names(2)
+        with self.connection() as backend:
+            self.put(backend, {there: b"data"})
+            assert self.exists(backend, [there, missing, there]) == [True, False, True]
+            assert backend.stat(missing, timeout_seconds=self.timeout_seconds) is None
+            info = backend.stat(there, timeout_seconds=self.timeout_seconds)
+            assert info is not None and (info.name, info.stored_bytes) == (there, 4)
+
+    def test_what_a_store_cannot_do_it_says(self) -> None:
+        name = fresh_name()
+        with self.connection() as backend:
+            self.put(backend, {name: b"data"})
+            if not self.can_list:
+                assert raised(lambda: list(backend.list(name[:32])), BackendError)
+            if not self.can_delete:
+                assert backend.delete([name], timeout_seconds=self.timeout_seconds) == [False]
+                assert self.get(backend, [name], 10) == [b"data"]
+
     def test_exists_delete_list_and_stat_agree(self) -> None:
+        self.needs(delete=True, list_=True)
         namespace = fresh_namespace()
         objects = {fresh_name(namespace): os.urandom(10 + index) for index in range(20)}
         names = list(objects)
@@ -198,6 +223,7 @@ class BackendTests(ArgumentTests):
             assert backend.exists_prefix(names, timeout_seconds=0) == 0
 
     def test_a_list_has_one_namespace_or_all(self) -> None:
+        self.needs(list_=True)
         first, second = fresh_namespace(), fresh_namespace()
         names = [fresh_name(namespace) for namespace in (first, first, second)]
         with self.connection() as backend:
@@ -210,6 +236,7 @@ class BackendTests(ArgumentTests):
                 assert list(backend.list(prefix)) == []
 
     def test_a_list_outlives_the_deletion_of_what_it_lists(self) -> None:
+        self.needs(delete=True, list_=True)
         namespace = fresh_namespace()
         names = {fresh_name(namespace) for _ in range(50)}
         with self.connection() as backend:
@@ -230,6 +257,7 @@ class BackendTests(ArgumentTests):
             assert abs(info.modified_seconds - time.time()) < 600
 
     def test_foreign_things_in_the_store_are_ignored(self) -> None:
+        self.needs(list_=True)
         namespace = fresh_namespace()
         name = fresh_name(namespace)
         with self.connection() as backend:
@@ -279,8 +307,9 @@ class BackendTests(ArgumentTests):
                     names = list(objects)
                     self.put(backend, objects)
                     assert self.get(backend, names, 2000) == list(objects.values())
-                    assert all(backend.delete(names, timeout_seconds=self.timeout_seconds))
-                    assert self.get(backend, names, 2000) == [None] * 8
+                    if self.can_delete:
+                        assert all(backend.delete(names, timeout_seconds=self.timeout_seconds))
+                        assert self.get(backend, names, 2000) == [None] * 8
 
             run_threads([partial(work, worker) for worker in range(6)])
 
@@ -375,6 +404,8 @@ class BackendTests(ArgumentTests):
         compare_with_dict(
             self.open_backend,
             keeps_objects=self.keeps_objects,
+            can_delete=self.can_delete,
+            can_list=self.can_list,
             example_count=self.model_examples,
             timeout_seconds=self.timeout_seconds,
         )
