@@ -103,6 +103,10 @@ class RealServer:
         assert self._process is not None
         return self._process.pid
 
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def log(self) -> str:
         """The end of what the server has said."""
         size = os.fstat(self._log.fileno()).st_size
@@ -110,7 +114,7 @@ class RealServer:
 
     def start(self) -> None:
         """Start the process and wait until it is ready."""
-        assert self._process is None or self._process.poll() is not None, "it is running"
+        assert not self.is_running, "it is running"
         self._process = subprocess.Popen(
             self.command,
             env=self._environment,
@@ -137,7 +141,7 @@ class RealServer:
 
     def stop(self) -> None:
         """Ask it to end; insist after a while."""
-        if self._process is None or self._process.poll() is not None:
+        if self._process is None or not self.is_running:
             return
         self._process.send_signal(signal.SIGCONT)
         self._process.terminate()
