@@ -79,6 +79,31 @@ def fill(url: str, pages: dict[str, bytes]) -> None:
     backend.close()
 
 
+def filled(url: str, keys: str = "abc", ranks: int = 2) -> dict[str, bytes]:
+    """Sound pages in a store, by name: one for each key in the namespace of each rank."""
+    pages = {
+        space.object_name(key): make_page(key=key, namespace=space)
+        for space in map(namespace_of, range(ranks))
+        for key in keys
+    }
+    fill(url, pages)
+    return pages
+
+
+def contents(url: str) -> dict[str, bytes]:
+    """Everything in a store."""
+    backend = open_backend(url)
+    found = {}
+    for info in list(backend.list()):
+        buffer = bytearray(info.stored_bytes)
+        assert backend.get_into([info.name], [memoryview(buffer)], timeout_seconds=5) == [
+            info.stored_bytes
+        ]
+        found[info.name] = bytes(buffer)
+    backend.close()
+    return found
+
+
 def run_json(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, Any, str]:
     """Exit code, the document on stdout (which must be all there is), and stderr."""
     code = main([*words, "--json"])

@@ -15,11 +15,9 @@ from kvcodec.errors import ConfigError, KVCodecError
 DOCUMENT = (Path(__file__).resolve().parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
 ROOT = typer.main.get_command(app)
 COMMANDS = {
-    "kvcodec inspect": ROOT.commands["inspect"],
-    "kvcodec verify": ROOT.commands["verify"],
-    "kvcodec doctor": ROOT.commands["doctor"],
-    "kvcodec bench codec": ROOT.commands["bench"].commands["codec"],
-}
+    f"kvcodec {name}": ROOT.commands[name]
+    for name in ("inspect", "ls", "stat", "verify", "scrub", "rm", "gc", "copy", "doctor")
+} | {"kvcodec bench codec": ROOT.commands["bench"].commands["codec"]}
 
 
 def synopsis(title: str) -> str:
@@ -38,7 +36,10 @@ def test_every_command_has_a_section():
 @pytest.mark.parametrize("title", list(COMMANDS))
 def test_synopsis_has_every_option_and_no_other(title):
     options = {
-        name for parameter in COMMANDS[title].params for name in parameter.opts if name[:2] == "--"
+        name
+        for parameter in COMMANDS[title].params
+        for name in (*parameter.opts, *parameter.secondary_opts)
+        if name[:2] == "--"
     }
     assert set(re.findall(r"--[a-z-]+", synopsis(title))) == options - {"--help"}
 

@@ -12,7 +12,6 @@ from fake_backend import FakeBackend
 
 from kvcodec.backend import ObjectInfo, open_backend
 from kvcodec.cli import stores, verification
-from kvcodec.cli.verification import Listing
 from kvcodec.errors import BackendError
 
 SPACES = [namespace_of(rank) for rank in range(2)]
@@ -52,6 +51,7 @@ def test_sound_store_is_fine(capsys, store):
         "bad": 0,
         "unsupported": 0,
         "unread": 0,
+        "unasked": 0,
         "gone": 0,
         "deleted": 0,
         "bytes_read": sum(map(len, pages.values())),
@@ -247,7 +247,7 @@ def test_page_that_grew_since_it_was_listed_is_read_whole(capsys, fake):
 
 
 def test_object_beyond_the_limit_is_not_read(capsys, fake, monkeypatch):
-    monkeypatch.setattr(verification, "MAX_PAGE_BYTES", 100)
+    monkeypatch.setattr(stores, "MAX_PAGE_BYTES", 100)
     code, document, _ = run_json(capsys, "verify", "fake://")
     assert (code, document["reasons"]) == (4, {"store:too_large": 8})
     assert fake.timeouts == set()
@@ -294,13 +294,18 @@ def test_threads_read_at_the_same_time(capsys, fake, threads):
     assert most == threads
 
 
-def test_listing_keeps_names_and_sizes():
-    listing = Listing()
-    names = [space.object_name(key) for space in SPACES for key in "ab"]
-    for size, name in enumerate(names):
-        listing.add(name, size)
-    assert list(listing) == [(name, size) for size, name in enumerate(names)]
-    assert listing.stored_bytes == sum(range(4))
+def test_a_store_that_is_away_is_not_asked_for_every_page(capsys, fake, monkeypatch):
+    monkeypatch.setattr(verification, "MOST_FAILURES_IN_A_ROW", 3)
+    monkeypatch.setattr(fake, "get_into", lambda *a, **k: [BackendError("away")])
+    code, document, _ = run_json(capsys, "verify", "fake://", "--threads", "1")
+    assert (code, document["unread"], document["unasked"]) == (4, 3, 5)
+    _, out, _ = run_text(capsys, "verify", "fake://", "--threads", "1")
+    assert "given up: 3 pages failed in a row" in out
+
+
+def test_secrets_of_the_url_are_not_shown(capsys, fake):
+    _, document, _ = run_json(capsys, "verify", "fake://user:geheim@host")
+    assert document["url"] == "fake://user:***@host"
 
 
 def test_progress_goes_to_stderr_and_only_to_a_terminal(capsys, store, monkeypatch):

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from kvcodec.cli.options import AsJson, OneNamespace, StoreURL, Timeout
 from kvcodec.cli.output import ExitCode, write_line
+from kvcodec.cli.store_commands import STORE_COMMANDS
 from kvcodec.errors import ConfigError
 
 #: The encodings whose speed is worth knowing.
@@ -29,7 +31,7 @@ __all__ = [
 
 app = typer.Typer(
     name="kvcodec",
-    help="Look at stored KV-cache pages, check whole stores, and measure the codec.",
+    help="Look at stored KV-cache pages, look after whole stores, and measure the codec.",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -37,13 +39,8 @@ app = typer.Typer(
 bench = typer.Typer(help="Measure this machine.", no_args_is_help=False)
 app.add_typer(bench, name="bench")
 
-_Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
-_Namespace = Annotated[
-    str, typer.Option("--namespace", metavar="DIGEST", help="Only this namespace: 32 hex digits.")
-]
-_Timeout = Annotated[
-    float, typer.Option("--timeout", min=0.001, max=3600, help="Seconds a store call may take.")
-]
+for _command in STORE_COMMANDS:
+    app.command(rich_help_panel="Stores")(_command)
 
 #: typer's root of errors about arguments; some of its versions bring their own copy of click.
 _ArgumentError: type[Exception] = next(
@@ -70,7 +67,7 @@ def root(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    """Look at stored KV-cache pages, check whole stores, and measure the codec."""
+    """Look at stored KV-cache pages, look after whole stores, and measure the codec."""
     if context.invoked_subcommand is None and not version:
         help_text = context.get_help()  # with rich, typer prints it and returns nothing
         if help_text.strip():
@@ -86,9 +83,9 @@ def inspect(
         typer.Argument(metavar="KEY", help="With a URL: an object name or an engine's key."),
     ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="One line per layer.")] = False,
-    namespace: _Namespace = "",
-    timeout: _Timeout = 10.0,
-    as_json: _Json = False,
+    namespace: OneNamespace = "",
+    timeout: Timeout = 10.0,
+    as_json: AsJson = False,
 ) -> int:
     """Show what a stored page says about itself, and whether it is sound.
 
@@ -99,19 +96,19 @@ def inspect(
     return run_inspect(page, key, layers, namespace, timeout, as_json)
 
 
-@app.command()
+@app.command(rich_help_panel="Stores")
 def verify(
-    url: Annotated[str, typer.Argument(metavar="URL", help="The URL of a store.")],
-    namespace: _Namespace = "",
+    url: StoreURL,
+    namespace: OneNamespace = "",
     threads: Annotated[
         int, typer.Option("--threads", min=1, max=64, help="How many pages to read at a time.")
     ] = 4,
-    timeout: _Timeout = 10.0,
+    timeout: Timeout = 10.0,
     delete_bad: Annotated[
         bool,
         typer.Option("--delete-bad", help="Delete damaged pages; never unsupported ones."),
     ] = False,
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> int:
     """Read every page of a store and check every byte of it.
 
@@ -135,8 +132,8 @@ def doctor(
     url: Annotated[
         str | None, typer.Argument(metavar="URL", help="A store to write a page to and read back.")
     ] = None,
-    timeout: _Timeout = 10.0,
-    as_json: _Json = False,
+    timeout: Timeout = 10.0,
+    as_json: AsJson = False,
 ) -> int:
     """Check that the installation works, and that a store does.
 
@@ -179,7 +176,7 @@ def bench_codec(
     quick: Annotated[
         bool, typer.Option("--quick", help="5 rounds of 64 MiB: shows that it works, no more.")
     ] = False,
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> int:
     """Encode and decode against memcpy, and against a stream of the same traffic.
 
@@ -204,9 +201,13 @@ def bench_codec(
 def run(words: list[str]) -> int:
     """Run a command line. Raises `ConfigError` for arguments that typer refuses."""
     try:
-        return int(app(words, prog_name="kvcodec", standalone_mode=False) or 0)
+        code = int(app(words, prog_name="kvcodec", standalone_mode=False) or 0)
     except _ArgumentError as error:
         message = error.format_message()  # type: ignore[attr-defined]
         raise ConfigError(f"{message.rstrip('.')}. See: kvcodec --help") from error
     except typer.Abort as error:
         raise KeyboardInterrupt from error
+    if code == ExitCode.INTERRUPTED:
+        # What some versions of typer make of an interrupt; no command answers so itself.
+        raise KeyboardInterrupt
+    return code

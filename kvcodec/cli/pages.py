@@ -18,6 +18,7 @@ __all__ = [
     "ReadPage",
     "StoredBytes",
     "expected_name_error",
+    "fault_of",
     "read_file",
     "read_page",
 ]
@@ -108,6 +109,16 @@ def expected_name_error(page: EncodedPage, name: str) -> PageError | None:
     if own == name:
         return None
     return CorruptPage("name", f"a page that belongs under {own}")
+
+
+def fault_of(name: str, data: memoryview) -> PageError | None:
+    """Why these bytes are not the page of that object name; None if every byte of it is sound."""
+    try:
+        page = EncodedPage.parse(data)
+        page.verify()
+    except PageError as error:
+        return error
+    return expected_name_error(page, name)
 
 
 def read_page(data: memoryview) -> ReadPage:

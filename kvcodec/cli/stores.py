@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from kvcodec.backend import Backend, check_name, open_backend
+from kvcodec.backend import Backend, check_name, display_url, open_backend
 from kvcodec.cli.output import NoSuchPage
 from kvcodec.cli.pages import MAX_PAGE_BYTES, StoredBytes
 from kvcodec.errors import BackendError, ConfigError
 from kvcodec.identity import object_name
 
-__all__ = ["check_namespace", "named_namespaces", "opened", "read_key"]
+__all__ = [
+    "ObjectTooLarge",
+    "PageReader",
+    "check_namespace",
+    "named_namespaces",
+    "names_of_key",
+    "opened",
+    "read_key",
+]
 
 _LOOKUP_BATCH = 64
 
@@ -41,24 +49,73 @@ def named_namespaces(backend: Backend) -> list[str]:
     return sorted({info.name.partition("/")[0] for info in backend.list()})
 
 
+class ObjectTooLarge(BackendError):
+    """An object that is longer than any page."""
+
+    label = "too_large"
+
+
+class PageReader:
+    """Reads whole objects, one at a time, into a buffer that grows to the largest of them."""
+
+    def __init__(self, backend: Backend, timeout_seconds: float) -> None:
+        self._backend = backend
+        self._timeout = timeout_seconds
+        self._buffer = bytearray()
+
+    def read(self, name: str, stored_bytes: int) -> memoryview | None:
+        """An object that had `stored_bytes` a moment ago; None if it has gone.
+
+        The memory is used again for the next one. Raises `BackendError`.
+        """
+        size = stored_bytes
+        while True:
+            if size > MAX_PAGE_BYTES:
+                raise ObjectTooLarge(
+                    f"{name} has {size} bytes, more than {MAX_PAGE_BYTES} are not read"
+                )
+            if len(self._buffer) < size:
+                self._buffer = bytearray(size)
+            view = memoryview(self._buffer)
+            (answer,) = self._backend.get_into([name], [view], timeout_seconds=self._timeout)
+            if isinstance(answer, BackendError):
+                raise answer
+            if answer is None:
+                return None
+            if answer <= len(view):
+                return view[:answer]
+            size = answer  # replaced by a longer one since it was measured
+
+
+def names_of_key(key: str, namespaces: Callable[[], Sequence[str]]) -> list[str]:
+    """The names that a page of this key can have.
+
+    `key` is an object name, or an engine's key, which has one name in each of the `namespaces`:
+    digests, asked for only then, because to know them may take a listing of the whole store.
+    """
+    try:
+        return [check_name(key)]
+    except ConfigError:
+        return [object_name(bytes.fromhex(digest), key) for digest in namespaces()]
+
+
 def read_key(url: str, key: str, namespace: str, timeout_seconds: float) -> list[StoredBytes]:
     """The pages of a key: one for each namespace that has it; every rank and pool has its own.
 
     `key` is an object name or an engine's key; `namespace` restricts the search for the latter to
     one digest. Raises `NoSuchPage` if there is none.
     """
+    check_namespace(namespace)
     with opened(url) as backend:
-        try:
-            names = [check_name(key)]
-        except ConfigError:
-            wanted = [check_namespace(namespace)] if namespace else named_namespaces(backend)
-            names = [object_name(bytes.fromhex(digest), key) for digest in wanted]
+        names = names_of_key(key, lambda: [namespace] if namespace else named_namespaces(backend))
         found = [
             name for batch in _batches(names) for name in _present(backend, batch, timeout_seconds)
         ]
         pages = [page for name in found if (page := _read_object(backend, name, timeout_seconds))]
     if not pages:
-        raise NoSuchPage(f"{url} has no page of the key {key!r} in {len(names)} namespace(s)")
+        raise NoSuchPage(
+            f"{display_url(url)} has no page of the key {key!r} in {len(names)} namespace(s)"
+        )
     return pages
 
 
@@ -74,17 +131,7 @@ def _present(backend: Backend, names: list[str], timeout_seconds: float) -> list
 def _read_object(backend: Backend, name: str, timeout_seconds: float) -> StoredBytes | None:
     """The object, or None if it has gone meanwhile. Raises `BackendError`."""
     info = backend.stat(name, timeout_seconds=timeout_seconds)
-    size = 0 if info is None else info.stored_bytes
-    while info is not None:
-        if size > MAX_PAGE_BYTES:
-            raise BackendError(f"{name} has {size} bytes, more than {MAX_PAGE_BYTES} are not read")
-        buffer = memoryview(bytearray(size))
-        (answer,) = backend.get_into([name], [buffer], timeout_seconds=timeout_seconds)
-        if isinstance(answer, BackendError):
-            raise answer
-        if answer is None:
-            return None
-        if answer <= size:
-            return StoredBytes(name, buffer[:answer], name, info.modified_seconds)
-        size = answer  # replaced by a longer one since it was measured
-    return None
+    if info is None:
+        return None
+    data = PageReader(backend, timeout_seconds).read(name, info.stored_bytes)
+    return None if data is None else StoredBytes(name, data, name, info.modified_seconds)

@@ -1,24 +1,24 @@
-"""What ``kvcodec verify`` does: read every page of a store and check every byte of it."""
+"""What ``kvcodec verify`` and ``kvcodec scrub`` do: read pages and check every byte of them."""
 
 from __future__ import annotations
 
-import itertools
-import queue
 import threading
-from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from kvcodec.backend import Backend, check_name
+from kvcodec.backend import Backend, ObjectInfo
+from kvcodec.cli.crew import Crew
+from kvcodec.cli.disposal import Disposal
 from kvcodec.cli.output import ExitCode, Json
-from kvcodec.cli.pages import MAX_PAGE_BYTES, expected_name_error
-from kvcodec.errors import BackendError, ConfigError, KVCodecError, PageError, UnsupportedPage
-from kvcodec.format import EncodedPage
+from kvcodec.cli.pages import fault_of
+from kvcodec.cli.stores import ObjectTooLarge, PageReader
+from kvcodec.errors import BackendError, PageError, UnsupportedPage
 
-__all__ = ["BadPage", "Listing", "Verification", "Verifier"]
+__all__ = ["MOST_FAILURES_IN_A_ROW", "BadPage", "Findings", "Verification", "Verifier"]
 
-_NAME_BYTES = 48
+#: A store that is away is asked no more after so many pages: each may cost a time-out.
+MOST_FAILURES_IN_A_ROW = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,45 +30,74 @@ class BadPage:
     message: str
     stored_bytes: int
 
-
-class Listing:
-    """The names and sizes of a store's objects, in 56 bytes each."""
-
-    def __init__(self) -> None:
-        self._names = bytearray()
-        self._sizes = array("Q")
-        self.stored_bytes = 0
-
-    def add(self, name: str, stored_bytes: int) -> None:
-        """Note one object. Raises `BackendError` if the store made up its name."""
-        try:
-            check_name(name)
-        except ConfigError as error:
-            raise BackendError(f"the store lists an object it cannot have: {error}") from error
-        self._names += bytes.fromhex(name.replace("/", ""))
-        self._sizes.append(stored_bytes)
-        self.stored_bytes += stored_bytes
-
-    def __len__(self) -> int:
-        return len(self._sizes)
-
-    def __iter__(self) -> Iterator[tuple[str, int]]:
-        for index, size in enumerate(self._sizes):
-            digits = self._names[index * _NAME_BYTES : (index + 1) * _NAME_BYTES].hex()
-            yield f"{digits[:32]}/{digits[32:]}", size
+    @classmethod
+    def of_failure(cls, what: str, info: ObjectInfo, error: BackendError) -> BadPage:
+        """An object that a store failed on: `what` is ``store``, or another place."""
+        label = error.label if isinstance(error, ObjectTooLarge) else type(error).__name__
+        return cls(info.name, f"{what}:{label}", str(error), info.stored_bytes)
 
 
 @dataclass(slots=True)
-class Verification:
+class Findings:
+    """What was wrong with the pages that were looked at. The caller holds its own lock."""
+
+    bad: list[BadPage] = field(default_factory=list)
+    unsupported: list[BadPage] = field(default_factory=list)
+    unread: list[BadPage] = field(default_factory=list)
+    unwritten: list[BadPage] = field(default_factory=list)
+    failures_in_a_row: int = 0
+
+    @property
+    def faulty(self) -> list[BadPage]:
+        """All that are not sound, the damaged ones first."""
+        return [*self.bad, *self.unsupported, *self.unread, *self.unwritten]
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Pages by reason, for all that are not sound."""
+        return dict(Counter(page.reason for page in self.faulty).most_common())
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether so many calls failed in a row that the store has to be taken for away."""
+        return self.failures_in_a_row >= MOST_FAILURES_IN_A_ROW
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """Damage first, then what the store failed on, then what is not understood."""
+        if self.bad:
+            return ExitCode.BAD_PAGE
+        if self.unread or self.unwritten:
+            return ExitCode.FAILED
+        return ExitCode.UNSUPPORTED if self.unsupported else ExitCode.OK
+
+    def note(self, name: str, error: PageError, stored_bytes: int) -> None:
+        """Note a page that is not what it should be."""
+        page = BadPage(name, error.reason, str(error), stored_bytes)
+        (self.unsupported if isinstance(error, UnsupportedPage) else self.bad).append(page)
+
+    def pages_json(self) -> list[Json]:
+        """Every page that is not sound."""
+        return [
+            {
+                "name": page.name,
+                "reason": page.reason,
+                "message": page.message,
+                "stored_bytes": page.stored_bytes,
+            }
+            for page in self.faulty
+        ]
+
+
+@dataclass(slots=True)
+class Verification(Findings):
     """What was found so far."""
 
     sound: int = 0
     bytes_read: int = 0
     gone: int = 0
     deleted: int = 0
-    bad: list[BadPage] = field(default_factory=list)
-    unsupported: list[BadPage] = field(default_factory=list)
-    unread: list[BadPage] = field(default_factory=list)
+    unasked: int = 0
 
     @property
     def checked(self) -> int:
@@ -76,19 +105,9 @@ class Verification:
         return self.sound + len(self.bad) + len(self.unsupported)
 
     @property
-    def reasons(self) -> dict[str, int]:
-        """Pages by reason, for all that are not sound."""
-        found = Counter(page.reason for page in (*self.bad, *self.unsupported, *self.unread))
-        return dict(found.most_common())
-
-    @property
-    def exit_code(self) -> ExitCode:
-        """Damage first, then what could not be read, then what is not understood."""
-        if self.bad:
-            return ExitCode.BAD_PAGE
-        if self.unread:
-            return ExitCode.FAILED
-        return ExitCode.UNSUPPORTED if self.unsupported else ExitCode.OK
+    def handled(self) -> int:
+        """Pages of which it is known what became of them."""
+        return self.checked + self.gone + len(self.unread)
 
     def as_json(self) -> dict[str, Json]:
         """The counts, and every page that is not sound."""
@@ -98,148 +117,84 @@ class Verification:
             "bad": len(self.bad),
             "unsupported": len(self.unsupported),
             "unread": len(self.unread),
+            "unasked": self.unasked,
             "gone": self.gone,
             "deleted": self.deleted,
             "bytes_read": self.bytes_read,
             "reasons": self.reasons,
-            "pages": [
-                {
-                    "name": page.name,
-                    "reason": page.reason,
-                    "message": page.message,
-                    "stored_bytes": page.stored_bytes,
-                }
-                for page in (*self.bad, *self.unsupported, *self.unread)
-            ],
+            "pages": self.pages_json(),
         }
 
 
 class Verifier:
-    """Checks the pages of a listing on a few threads; the checksums run without the GIL."""
+    """Checks pages on a few threads; the checksums run without the GIL.
+
+    Damaged and misplaced pages are handed to `dispose`, unsupported ones never: a newer kvcodec may
+    have written them.
+    """
 
     def __init__(
-        self, backend: Backend, *, threads: int, timeout_seconds: float, delete_bad: bool
+        self,
+        backend: Backend,
+        *,
+        threads: int,
+        timeout_seconds: float,
+        dispose: Disposal | None = None,
     ) -> None:
         self._backend = backend
-        self._threads = threads
         self._timeout = timeout_seconds
-        self._delete_bad = delete_bad
+        self._dispose = dispose
         self._lock = threading.Lock()
-        self._stopped = threading.Event()
+        self._crew: Crew[tuple[int, ObjectInfo]] = Crew(threads)
         self.result = Verification()
 
-    def run(self, listing: Listing, progress: Callable[[int], None]) -> Verification:
-        """Check every page; `progress` hears of each one's stored bytes, from any thread."""
-        tasks: queue.Queue[tuple[str, int] | None] = queue.Queue(4 * self._threads)
-        endings: list[KVCodecError | None] = []
-        threads = [
-            threading.Thread(target=self._work, args=(tasks, progress, endings), daemon=True)
-            for _ in range(self._threads)
-        ]
-        for thread in threads:
-            thread.start()
-        try:
-            for task in itertools.chain(listing, [None] * len(threads)):
-                if not _handed_over(tasks, task, threads):
-                    break
-            for thread in threads:
-                thread.join()
-        finally:
-            self._stopped.set()
-        for error in endings:
-            if error is not None:
-                raise error
-        if len(endings) != len(threads):
-            raise BackendError("the backend raised what it should have answered; see above")
+    def run(
+        self,
+        objects: Iterable[ObjectInfo],
+        heard: Callable[[int, ObjectInfo, bool], None],
+    ) -> Verification:
+        """Check every page. `heard` is told from any thread: the page's place in the sequence, the
+        page, and whether the store answered for it.
+        """
+
+        def worker() -> Callable[[tuple[int, ObjectInfo]], None]:
+            reader = PageReader(self._backend, self._timeout)
+
+            def check(task: tuple[int, ObjectInfo]) -> None:
+                index, info = task
+                answered = self._check(reader, info)
+                heard(index, info, answered)
+
+            return check
+
+        self._crew.run(enumerate(objects), worker)
         return self.result
 
-    def _work(
-        self,
-        tasks: queue.Queue[tuple[str, int] | None],
-        progress: Callable[[int], None],
-        endings: list[KVCodecError | None],
-    ) -> None:
-        buffer = bytearray()
-        ending: KVCodecError | None = None
-        while (task := tasks.get()) is not None:
-            if self._stopped.is_set():
-                continue
-            name, stored_bytes = task
-            try:
-                buffer = self._check(name, stored_bytes, buffer)
-            except KVCodecError as error:
-                ending = error
-                self._stopped.set()
-            progress(stored_bytes)
-        endings.append(ending)
-
-    def _check(self, name: str, stored_bytes: int, buffer: bytearray) -> bytearray:
-        """Read one page and note what it is. Returns the buffer for the next one."""
-        size = stored_bytes
-        while True:
-            if size > MAX_PAGE_BYTES:
-                self._note_unread(name, "store:too_large", f"{size} bytes", size)
-                return buffer
-            if len(buffer) < size:
-                buffer = bytearray(size)
-            view = memoryview(buffer)
-            (answer,) = self._backend.get_into([name], [view], timeout_seconds=self._timeout)
-            if not isinstance(answer, int):
-                break
-            if answer <= len(buffer):
-                self._judge(name, view[:answer])
-                return buffer
-            size = answer  # replaced by a longer one since it was listed
-        if answer is None:
-            with self._lock:
-                self.result.gone += 1
-        else:
-            kind = type(answer).__name__
-            self._note_unread(name, f"store:{kind}", str(answer), stored_bytes)
-        return buffer
-
-    def _note_unread(self, name: str, reason: str, message: str, stored_bytes: int) -> None:
-        with self._lock:
-            self.result.unread.append(BadPage(name, reason, message, stored_bytes))
-
-    def _judge(self, name: str, data: memoryview) -> None:
-        error = _fault(name, data)
-        with self._lock:
-            self.result.bytes_read += len(data)
-            if error is None:
-                self.result.sound += 1
-                return
-            page = BadPage(name, error.reason, str(error), len(data))
-            if isinstance(error, UnsupportedPage):
-                self.result.unsupported.append(page)
-                return
-            self.result.bad.append(page)
-        if self._delete_bad:
-            (gone,) = self._backend.delete([name], timeout_seconds=self._timeout)
-            with self._lock:
-                self.result.deleted += gone
-
-
-def _handed_over(
-    tasks: queue.Queue[tuple[str, int] | None],
-    task: tuple[str, int] | None,
-    threads: Sequence[threading.Thread],
-) -> bool:
-    """Whether some thread lives to take the task."""
-    while any(thread.is_alive() for thread in threads):
+    def _check(self, reader: PageReader, info: ObjectInfo) -> bool:
+        """Read one page and note what it is. Whether the store answered."""
+        result = self.result
         try:
-            tasks.put(task, timeout=0.5)
-        except queue.Full:
-            continue
+            data = reader.read(info.name, info.stored_bytes)
+        except BackendError as error:
+            with self._lock:
+                result.unread.append(BadPage.of_failure("store", info, error))
+                result.failures_in_a_row += not isinstance(error, ObjectTooLarge)
+                if result.is_hopeless:
+                    self._crew.stop()
+            return isinstance(error, ObjectTooLarge)
+        fault = None if data is None else fault_of(info.name, data)
+        with self._lock:
+            result.failures_in_a_row = 0
+            if data is None:
+                result.gone += 1
+                return True
+            result.bytes_read += len(data)
+            if fault is None:
+                result.sound += 1
+                return True
+            result.note(info.name, fault, len(data))
+        if self._dispose is not None and not isinstance(fault, UnsupportedPage):
+            gone = self._dispose(info.name, data)
+            with self._lock:
+                result.deleted += gone
         return True
-    return False
-
-
-def _fault(name: str, data: memoryview) -> PageError | None:
-    """Why these bytes are not the page of that name."""
-    try:
-        page = EncodedPage.parse(data)
-        page.verify()
-    except PageError as error:
-        return error
-    return expected_name_error(page, name)
