@@ -129,6 +129,7 @@ def test_a_plus_in_an_option_stays_one():
         ("/a/path", "/a/path"),
         ("tier+ram://?store=redis://:geheim@host", "tier+ram://?store=redis://:***@host"),
         ("tier+ram://?store=a://b%3Fkey=c", "tier+ram://?store=a://b?key=***"),
+        ("hicache+x://?json=%7B%22u%22:%22s3://k:geheim%22%7D", "hicache+x://?json=***"),
     ],
 )
 def test_a_url_is_shown_without_its_secrets(url: str, shown: str):
