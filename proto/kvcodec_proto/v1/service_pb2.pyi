@@ -46,18 +46,22 @@ STATUS_NATIVE_ERROR: Status
 STATUS_KVCODEC_ERROR: Status
 
 class Outcome(_message.Message):
-    __slots__ = ("status", "length", "detail", "what", "metadata")
+    __slots__ = ("status", "length", "detail", "what", "metadata", "found", "expected")
     STATUS_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     WHAT_FIELD_NUMBER: _ClassVar[int]
     METADATA_FIELD_NUMBER: _ClassVar[int]
+    FOUND_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_FIELD_NUMBER: _ClassVar[int]
     status: Status
     length: int
     detail: str
     what: str
     metadata: _pages_pb2.PageMetadata
-    def __init__(self, status: _Optional[_Union[Status, str]] = ..., length: _Optional[int] = ..., detail: _Optional[str] = ..., what: _Optional[str] = ..., metadata: _Optional[_Union[_pages_pb2.PageMetadata, _Mapping]] = ...) -> None: ...
+    found: str
+    expected: str
+    def __init__(self, status: _Optional[_Union[Status, str]] = ..., length: _Optional[int] = ..., detail: _Optional[str] = ..., what: _Optional[str] = ..., metadata: _Optional[_Union[_pages_pb2.PageMetadata, _Mapping]] = ..., found: _Optional[str] = ..., expected: _Optional[str] = ...) -> None: ...
 
 class RawPages(_message.Message):
     __slots__ = ("identity", "layout", "spec", "minimum_bits")
