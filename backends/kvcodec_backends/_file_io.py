@@ -20,6 +20,7 @@ from kvcodec.errors import (
 __all__ = [
     "FULL_ERRNOS",
     "as_backend_error",
+    "checked_root",
     "file_bytes",
     "holds_store",
     "make_directory",
@@ -165,6 +166,17 @@ def make_directory(path: str) -> bool:
 def holds_store(root: str) -> bool:
     """Whether a store was ever opened in this directory."""
     return os.path.isdir(f"{root}/objects")
+
+
+def checked_root(root: str) -> str:
+    """The path of a store's directory without the slashes at its end; `ConfigError` for one that
+    can be none.
+    """
+    if not root.startswith("/") or root.strip("/") == "" or "\0" in root:
+        raise ConfigError(f"store directory {root!r}; wanted is an absolute path below /")
+    if ".." in root.split("/"):
+        raise ConfigError(f"store directory {root!r} contains '..'; write the path without it")
+    return root.rstrip("/")
 
 
 def make_private_root(root: str) -> None:

@@ -21,7 +21,7 @@ from kvcodec.errors import ConfigError
 from kvcodec_backends._file_io import remove_file
 from kvcodec_backends._file_orphans import TemporaryNames
 
-__all__ = ["ASIDE_SECONDS", "PUBLISH_MODES", "Publisher", "file_system_type"]
+__all__ = ["ASIDE_SECONDS", "PUBLISH_MODES", "Publisher", "file_system_type", "is_on_shared_mount"]
 
 PUBLISH_MODES = ("auto", "rename", "link")
 
@@ -66,7 +66,7 @@ class Publisher:
     def observe(self) -> None:
         """Look what the directory is on: a mount may come and go below a store."""
         if self._mode == "auto":
-            self.is_shared = _is_shared_type(file_system_type(self._temporaries))
+            self.is_shared = is_on_shared_mount(self._temporaries)
 
     def publish(self, temporary: str, target: str) -> None:
         """Make `target` lead to the file, and `temporary` to nothing."""
@@ -129,7 +129,9 @@ class Publisher:
         return True
 
 
-def _is_shared_type(name: str | None) -> bool:
+def is_on_shared_mount(path: str) -> bool:
+    """Whether a path is on a file system that other hosts may write to, or one in user space."""
+    name = file_system_type(path)
     return name in _SHARED_TYPES or (
         name is not None and name.startswith("fuse.") and name not in _LOCAL_TYPES
     )

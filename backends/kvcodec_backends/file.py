@@ -40,6 +40,7 @@ from kvcodec_backends._arguments import (
 from kvcodec_backends._file_io import (
     FULL_ERRNOS,
     as_backend_error,
+    checked_root,
     file_bytes,
     holds_store,
     make_private_root,
@@ -51,6 +52,7 @@ from kvcodec_backends._file_orphans import sweep_orphans
 from kvcodec_backends._file_publish import file_system_type
 from kvcodec_backends._file_quota import Quota
 from kvcodec_backends._file_writer import ObjectWriter
+from kvcodec_backends.segments import SegmentBackend, engine_of
 
 __all__ = ["FileBackend"]
 
@@ -69,7 +71,8 @@ class FileBackend(Backend):
     the least recently used go first. Without it the store grows until the disk is full. `fsync`
     makes each object survive a loss of power before put answers. `publish` is ``rename``, ``link``
     for mounts that several hosts share (JuiceFS, NFS, CephFS ...), or ``auto``, which looks what
-    the directory is on; on a shared one there is no `max_bytes`.
+    the directory is on; on a shared one there is no `max_bytes`. ``engine=segments`` is another
+    backend, `SegmentBackend`.
     """
 
     def __init__(
@@ -81,13 +84,9 @@ class FileBackend(Backend):
         publish: str = "auto",
         create: bool = True,
     ) -> None:
-        if not root.startswith("/") or root.strip("/") == "" or "\0" in root:
-            raise ConfigError(f"store directory {root!r}; wanted is an absolute path below /")
-        if ".." in root.split("/"):
-            raise ConfigError(f"store directory {root!r} contains '..'; write the path without it")
+        self._root = checked_root(root)
         if max_bytes is not None and max_bytes < 1:
             raise ConfigError(f"max_bytes is {max_bytes}, must be at least 1")
-        self._root = root.rstrip("/")
         self._writer = ObjectWriter(self._root, fsync=fsync, publish=publish)
         self._max_bytes = max_bytes
         self._url = f"file://{self._root}"
@@ -103,9 +102,13 @@ class FileBackend(Backend):
         self._start()
 
     @classmethod
-    def from_url(cls, url: str, *, create: bool = True) -> FileBackend:
-        """Open the directory of a ``file:///`` URL."""
-        parts, options = parse_options(url, ["max_bytes", "fsync", "publish"])
+    def from_url(cls, url: str, *, create: bool = True) -> Backend:
+        """Open the directory of a ``file:///`` URL with the engine that it names, or that the store
+        there was made with.
+        """
+        if engine_of(url) == "segments":
+            return SegmentBackend.from_url(url, create=create)
+        parts, options = parse_options(url, ["engine", "max_bytes", "fsync", "publish"])
         if parts.netloc or parts.fragment:
             raise ConfigError(
                 f"{url!r}: wanted is file:///absolute/path, three slashes, and # written as %23"

@@ -1,0 +1,162 @@
+"""Appending batches of objects to the one segment of this process, from many threads at once."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+
+from xxhash import xxh3_64_intdigest
+
+from kvcodec.backend import PutResult
+from kvcodec.errors import BackendError, BackendFull, BackendTimeout
+from kvcodec_backends._arguments import Deadline
+from kvcodec_backends._file_io import as_backend_error
+from kvcodec_backends._segment_directory import append_to
+from kvcodec_backends._segment_io import Bytes, as_bytes
+from kvcodec_backends._segment_records import LIVE, Record, raw_name, record_bytes
+from kvcodec_backends._segment_store import OpenSegment, SegmentStore
+
+__all__ = ["SegmentWriter"]
+
+#: Neighbours that are written, and answered for, together.
+_RUN_BYTES = 8 << 20
+_LOCK_POLL_SECONDS = 0.02
+
+
+class SegmentWriter:
+    """Writers take neighbouring places under a lock and fill them without it; then the records go
+    into the index, and into memory.
+    """
+
+    def __init__(self, store: SegmentStore) -> None:
+        self._store = store
+        self._lock = threading.Lock()
+        self._opened: OpenSegment | None = None
+        self._may_adopt = True
+        self._closed = False
+
+    def put(self, pairs: Sequence[tuple[str, memoryview]], deadline: Deadline) -> list[PutResult]:
+        """Store objects; an answer for each."""
+        results: list[PutResult] = []
+        while len(results) < len(pairs):
+            rest = pairs[len(results) :]
+            name, view = rest[0]
+            try:
+                if deadline.passed():
+                    raise deadline.error("put", name)
+                self._check_size(len(view))
+                results += self._put_run(rest, deadline)
+            except OSError as error:
+                if isinstance(error, BackendError):
+                    results.append(error)
+                else:
+                    results.append(as_backend_error(error, "put", name, writing=True))
+            except BackendError as error:
+                results.append(type(error)(f"put {name}: {error}"))
+        # What has been replaced must not come back when the newer version is evicted first.
+        self._store.kill(self._store.index.take_losers())
+        return results
+
+    def close(self) -> None:
+        """Leave the segment to the next process."""
+        with self._lock:
+            self._closed = True
+            self._retire(seal=False)
+
+    def abandon(self) -> None:
+        """Let go of the parent's segment, in a child that has just been forked: the lock is the
+        parent's as long as nobody unlocks it.
+        """
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            os.close(opened.fd)
+
+    def _check_size(self, size: int) -> None:
+        limit = self._store.options.segment_bytes
+        if record_bytes(size) > limit:
+            raise BackendFull(
+                f"{size} bytes do not fit into a segment; raise segment_bytes={limit}"
+            )
+
+    def _put_run(
+        self, pairs: Sequence[tuple[str, memoryview]], deadline: Deadline
+    ) -> list[PutResult]:
+        """Store the first of the objects, as many as lie together."""
+        opened, start, count = self._reserve([len(view) for _, view in pairs], deadline)
+        try:
+            records: list[tuple[Record, Bytes]] = []
+            sequences = self._store.index.new_sequences(count)
+            for (name, view), sequence in zip(pairs[:count], sequences, strict=True):
+                payload = as_bytes(view)
+                record = Record(
+                    LIVE,
+                    raw_name(name),
+                    len(view),
+                    sequence,
+                    opened.segment.number,
+                    start,
+                    xxh3_64_intdigest(payload.data),
+                )
+                records.append((record, payload))
+                start = record.end
+            try:
+                self._store.io.write(opened.fd, records)
+                if self._store.options.fsync:
+                    os.fdatasync(opened.fd)
+            except OSError as error:
+                return [
+                    as_backend_error(error, "put", name, writing=True) for name, _ in pairs[:count]
+                ]
+            lines = b"".join(record.pack() for record, _ in records)
+            append_to(opened.segment.index_path, lines, self._store.count)
+            self._store.index.learn(opened.segment, [record for record, _ in records])
+        finally:
+            self._finish(opened)
+        return [None] * count
+
+    def _reserve(self, sizes: Sequence[int], deadline: Deadline) -> tuple[OpenSegment, int, int]:
+        """A place for the first of the objects: the segment, the offset, and for how many."""
+        self._acquire(deadline)
+        try:
+            if self._closed:
+                raise BackendError("the store was closed meanwhile")
+            opened = self._opened
+            if opened is not None and os.fstat(opened.fd).st_nlink == 0:
+                # Somebody removed the whole store: it is made anew.
+                self._retire(seal=False)
+                opened = None
+            wanted = record_bytes(sizes[0])
+            if opened is None or opened.end + wanted > opened.file_bytes:
+                self._retire(seal=True)
+                opened = self._store.open_segment(wanted, deadline, adopt=self._may_adopt)
+                self._opened, self._may_adopt = opened, False
+            start, count = opened.end, 0
+            for size in sizes:
+                end = opened.end + record_bytes(size)
+                if end > opened.file_bytes or (count and end - start > _RUN_BYTES):
+                    break
+                opened.end = end
+                count += 1
+            opened.pending_count += 1
+            return opened, start, count
+        finally:
+            self._lock.release()
+
+    def _acquire(self, deadline: Deadline) -> None:
+        while not self._lock.acquire(timeout=_LOCK_POLL_SECONDS):
+            if deadline.passed():
+                raise BackendTimeout("another writer is still making room")
+
+    def _finish(self, opened: OpenSegment) -> None:
+        with self._lock:
+            opened.pending_count -= 1
+            if opened.is_retired and not opened.pending_count:
+                self._store.close_segment(opened, seal=not self._closed)
+
+    def _retire(self, *, seal: bool) -> None:
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            opened.is_retired = True
+            if not opened.pending_count:
+                self._store.close_segment(opened, seal=seal)
