@@ -61,6 +61,15 @@ def answers_on(port: int) -> Callable[[], bool]:
     return ready
 
 
+def _is_stopped(pid: int) -> bool:
+    """Whether every thread of a process stands still."""
+    threads = Path(f"/proc/{pid}/task").glob("*/stat")
+    try:
+        return all(path.read_text().rpartition(")")[2].split()[0] in "TtZX" for path in threads)
+    except (FileNotFoundError, ProcessLookupError):
+        return False  # a thread ended meanwhile
+
+
 def _end_with_parent() -> None:
     """In the child, before exec: no server outlives a killed test."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -155,6 +164,9 @@ class RealServer:
         """While entered the process stands still: the kernel takes connections, nobody answers."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
+        # A thread that runs just now may do so for a moment, and answer.
+        while not _is_stopped(self._process.pid):
+            time.sleep(0.001)
         try:
             yield
         finally:

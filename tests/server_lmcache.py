@@ -68,10 +68,22 @@ class MPServer:
         self.http("cache/clear", {"tier": "l1", "force": True})
 
 
+# The older server cannot start again on its port within a minute; this is all that is added to it.
+_LEGACY = """
+import runpy, socket
+class Reusable(socket.socket):
+    def bind(self, address):
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        super().bind(address)
+socket.socket = Reusable
+runpy.run_module("lmcache.v1.server", run_name="__main__")
+"""
+
+
 def legacy_server(port: int) -> RealServer:
     """`lmcache_server HOST PORT`, the older one."""
     return RealServer(
-        [need(PYTHON), "-W", "ignore", "-m", "lmcache.v1.server", "127.0.0.1", str(port)],
+        [need(PYTHON), "-W", "ignore", "-c", _LEGACY, "127.0.0.1", str(port)],
         ready=answers_on(port),
         environment=ENVIRONMENT,
     )

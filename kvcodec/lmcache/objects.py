@@ -13,7 +13,7 @@ import os
 import queue
 import threading
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,12 +49,11 @@ _REAP_PAUSE_SECONDS = 1.0
 
 @dataclass(slots=True, eq=False)
 class Stored:
-    """The current version of one object, and in how many places LMCache has it."""
+    """The current version of one object, and how many of LMCache's L2 stores have it."""
 
     key: ObjectKey
     length: int
     written_seconds: float
-    is_in_memory: bool = True
     l2_copies: int = 0
 
 
@@ -88,6 +87,8 @@ class Objects:
         self.counts: Counter[str] = Counter()
         self._cache_salt = cache_salt
         self._index: dict[bytes, Stored] = {}
+        #: Those in memory, the least recently used first.
+        self._memory: OrderedDict[ObjectKey, Stored] = OrderedDict()
         self._arriving: dict[ObjectKey, Stored] = {}
         self._lock = threading.Lock()
         self._doomed: queue.SimpleQueue[ObjectKey | None] = queue.SimpleQueue()
@@ -118,7 +119,28 @@ class Objects:
             if length > self.manager.get_l1_usage()[1] or time.monotonic() > end:
                 self._count("refused_full")
                 return None
-            time.sleep(_ROOM_PAUSE_SECONDS)
+            if not self._make_room(length):
+                time.sleep(_ROOM_PAUSE_SECONDS)
+
+    def _make_room(self, length: int) -> bool:
+        """Take our least recently used objects out of memory; False if there are none to take.
+
+        LMCache evicts too, but once a second, and a share of its objects, however small these are.
+        """
+        with self._lock:
+            oldest: list[Stored] = []
+            for stored in self._memory.values():
+                if length <= 0:
+                    break
+                oldest.append(stored)
+                length -= stored.length
+        taken = 0
+        for stored in oldest:
+            deleted, _ = self.manager.delete_l1_keys([stored.key])
+            if deleted:
+                self._leave_memory(stored)
+                taken += 1
+        return taken > 0
 
     def admit(self, key: ObjectKey, length: int, reserved: Mapping[ObjectKey, object]) -> None:
         """Make a reserved version the current one; the one before goes."""
@@ -136,10 +158,11 @@ class Objects:
         with self._lock:
             before = self._index.get(_name(key))
             self._index[_name(key)] = stored
+            self._memory[key] = stored
             self.counts["stored_objects"] += 1
             self.counts["stored_bytes"] += length
         if before is not None:
-            self._doomed.put(before.key)
+            self._dispose(before)
 
     @contextmanager
     def reading(self, names: Sequence[bytes], deadline: float) -> Iterator[list[memoryview | None]]:
@@ -221,11 +244,12 @@ class Objects:
         lengths = {stored.key: stored.length for stored in wanted}
         for key, obj in zip(good, memory, strict=True):
             locked[key] = _view(obj)[: lengths[key]]
-        if from_l2:
-            with self._lock:
-                self.counts["loaded_from_l2"] += len(good)
-                for stored in wanted:
-                    stored.is_in_memory |= stored.key in locked
+        with self._lock:
+            self.counts["loaded_from_l2"] += len(good) if from_l2 else 0
+            for stored in wanted:
+                if stored.key in locked and self._index.get(_name(stored.key)) is stored:
+                    self._memory[stored.key] = stored
+                    self._memory.move_to_end(stored.key)
         found = result.found_cells[0].get_indices_list() if result.found_cells else []
         return {keys[index] for index in found} - locked.keys()
 
@@ -239,7 +263,7 @@ class Objects:
         with self._lock:
             stored = self._index.pop(name, None)
         if stored is not None:
-            self._doomed.put(stored.key)
+            self._dispose(stored)
         return stored is not None
 
     def list(self, namespace: bytes | None) -> list[tuple[bytes, Stored]]:
@@ -267,10 +291,19 @@ class Objects:
         with self._lock:
             self.counts[name] += amount
 
+    def _dispose(self, stored: Stored) -> None:
+        """Free an old version: memory at once unless somebody reads it, L2 by the reaper."""
+        with self._lock:
+            self._memory.pop(stored.key, None)
+        _, locked = self.manager.delete_l1_keys([stored.key])
+        if locked or self.manager.l2_adapters():
+            self._doomed.put(stored.key)
+
     def _forget(self, stored: Stored) -> None:
         """LMCache has evicted it."""
         name = _name(stored.key)
         with self._lock:
+            self._memory.pop(stored.key, None)
             if self._index.get(name) is stored:
                 del self._index[name]
                 self.counts["evicted_objects"] += 1
@@ -281,13 +314,21 @@ class Objects:
         for stored in self._current(keys):
             with self._lock:
                 stored.l2_copies += change
-            self._settle(stored)
+                is_nowhere = stored.l2_copies <= 0 and stored.key not in self._memory
+                is_nowhere &= stored.key not in self._arriving
+            if is_nowhere:
+                self._forget(stored)
 
     def _on_evicted(self, event: Event) -> None:
         for stored in self._current(event.metadata["keys"]):
-            with self._lock:
-                stored.is_in_memory = False
-            self._settle(stored)
+            self._leave_memory(stored)
+
+    def _leave_memory(self, stored: Stored) -> None:
+        with self._lock:
+            self._memory.pop(stored.key, None)
+            has_copy = stored.l2_copies > 0
+        if not has_copy:
+            self._forget(stored)
 
     def _current(self, keys: Sequence[ObjectKey]) -> Iterator[Stored]:
         """The entries of those keys that are ours and the current version of their object."""
@@ -297,11 +338,6 @@ class Objects:
                     stored = self._arriving.get(key) or self._index.get(_name(key))
                 if stored is not None and stored.key == key:
                     yield stored
-
-    def _settle(self, stored: Stored) -> None:
-        """Forget an object that is nowhere any more."""
-        if not stored.is_in_memory and stored.l2_copies <= 0:
-            self._forget(stored)
 
     def _reap(self) -> None:
         """Delete old versions; those in use are tried again later.
