@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from kvcodec.cli.extensions import add_commands
 from kvcodec.cli.options import AsJson, OneNamespace, StoreURL, Timeout
 from kvcodec.cli.output import ExitCode, write_line
 from kvcodec.cli.store_commands import STORE_COMMANDS
@@ -196,6 +197,9 @@ def bench_codec(
         quick=quick,
     )
     return run_bench(options, as_json=as_json)
+
+
+add_commands(app)
 
 
 def run(words: list[str]) -> int:

@@ -1,0 +1,274 @@
+"""What Prometheus reads from a sidecar.
+
+Names have the prefix ``kvcodec_`` and base units. Labels are few: operations, outcomes, names of
+counters in the code. No key, token or address is ever one, and what is new beyond a fixed number of
+values is counted as ``other``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Protocol
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+__all__ = ["CALL_SECONDS", "MAX_LABEL_VALUES", "Metrics", "Watched"]
+
+#: Bounds of the buckets of calls: a hit in memory takes less than 1 ms, a deadline is seconds.
+CALL_SECONDS = (
+    0.0005,
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+)
+
+#: How many values a label may have before the rest becomes ``other``.
+MAX_LABEL_VALUES = 64
+
+_OTHER = "other"
+_BACKEND = "backend."
+_BREAKER = "_breaker"
+
+# What stores count under names of their own that has a name of its own here.
+_STORE_COUNTERS = {
+    "evicted_objects": ("kvcodec_evicted_pages", "Pages that a quota of the store removed."),
+    "evicted_bytes": ("kvcodec_evicted_bytes", "Bytes that a quota of the store removed."),
+    "swept_orphans": (
+        "kvcodec_tmp_orphans_swept",
+        "Unfinished files of dead writers that were removed.",
+    ),
+}
+_STORE_GAUGES = {
+    "stored_bytes": ("kvcodec_store_bytes", "Bytes the store holds, where it knows."),
+    "stored_objects": ("kvcodec_store_pages", "Pages the store holds, where it knows."),
+}
+_SERVER_GAUGES = {
+    "calls": "Calls under way.",
+    "streams": "Calls under way that are streams.",
+    "sessions": "Clients with a region of shared memory.",
+    "region_bytes": "Shared memory of the clients.",
+    "staging_bytes": "Memory in use for streams and for pages encoded or decoded here.",
+    "draining": "1 from SIGTERM to the end.",
+}
+
+
+class Watched(Protocol):
+    """What is read when Prometheus comes: a `PageServer`."""
+
+    def stats(self) -> Mapping[str, int]:
+        """Numbers of now."""
+
+    def counters(self) -> Mapping[str, int]:
+        """Numbers that only grow."""
+
+
+class Metrics:
+    """The registry of one sidecar. Thread-safe; `observe` never waits for a reader."""
+
+    def __init__(self, backend: str, build: Mapping[str, str], digest: str) -> None:
+        """`backend` is the scheme of the store's URL, `digest` that of the configuration."""
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = CollectorRegistry()
+        self._backend = backend
+        self._operations = _Bounded()
+        self._outcomes = _Bounded()
+        self._seconds = Histogram(
+            "kvcodec_op_seconds",
+            "Seconds a call took.",
+            ("op", "backend"),
+            buckets=CALL_SECONDS,
+            registry=self.registry,
+        )
+        self._calls = Counter(
+            "kvcodec_calls", "Calls by outcome.", ("op", "outcome"), registry=self.registry
+        )
+        self._bytes = Counter(
+            "kvcodec_bytes",
+            "Bytes moved: stored is encoded pages, logical what they were decoded or encoded from.",
+            ("op", "kind"),
+            registry=self.registry,
+        )
+        self._late = Counter(
+            "kvcodec_deadline_exceeded",
+            "Calls that ran out of time.",
+            ("op",),
+            registry=self.registry,
+        )
+        self._refused = Counter(
+            "kvcodec_refused_calls",
+            "Calls over TCP without a valid token or client name.",
+            ("reason",),
+            registry=self.registry,
+        )
+        self._pulled = _Pulled(build, digest)
+        self.registry.register(self._pulled)
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+
+    def observe(
+        self, operation: str, outcome: str, seconds: float, raw_bytes: int, encoded_bytes: int
+    ) -> None:
+        """One call is over; the arguments are those of `kvcodec_server.options.Observe`."""
+        op, outcome = self._operations(operation), self._outcomes(outcome)
+        self._seconds.labels(op, self._backend).observe(seconds)
+        self._calls.labels(op, outcome).inc()
+        if raw_bytes:
+            self._bytes.labels(op, "logical").inc(raw_bytes)
+        if encoded_bytes:
+            self._bytes.labels(op, "stored").inc(encoded_bytes)
+        if outcome == "timeout":
+            self._late.labels(op).inc()
+
+    def refused(self, reason: str) -> None:
+        """A call was turned away: ``token`` or ``name``."""
+        self._refused.labels(reason).inc()
+
+    def watch(self, server: Watched) -> None:
+        """Read this server's numbers whenever Prometheus comes."""
+        self._pulled.server = server
+
+    def gauge(self, name: str, help_text: str, read: Callable[[], float | None]) -> None:
+        """A number read whenever Prometheus comes; None leaves it out."""
+        self._pulled.gauges[name] = (help_text, read)
+
+    def reloaded(self, digest: str | None) -> None:
+        """A reload took place: with the digest of what applies now, None if it was refused."""
+        self._pulled.reloaded = digest is not None
+        if digest is not None:
+            self._pulled.digest = digest
+            self._pulled.reload_seconds = time.time()
+
+    def text(self, accept: str) -> tuple[bytes, str]:
+        """All of it in the format that an Accept header asks for, and that format's type."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
+
+
+class _Bounded:
+    """Passes the first values on, and ``other`` for all that come later."""
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+
+    def __call__(self, value: str) -> str:
+        if value not in self._known:
+            if len(self._known) >= MAX_LABEL_VALUES:
+                return _OTHER
+            self._known.add(value)
+        return value
+
+
+class _Pulled(Collector):
+    """Metrics of numbers that somebody else keeps."""
+
+    def __init__(self, build: Mapping[str, str], digest: str) -> None:
+        self.server: Watched | None = None
+        self.gauges: dict[str, tuple[str, Callable[[], float | None]]] = {}
+        self.reloaded = True
+        self.reload_seconds = time.time()
+        self.digest = digest
+        self._build = dict(build)
+        self._labels: dict[str, _Bounded] = {}
+
+    def collect(self) -> Iterable[Metric]:
+        """Part of prometheus_client's interface."""
+        yield InfoMetricFamily("kvcodec_build", "What runs here.", value=self._build)
+        yield InfoMetricFamily("kvcodec_config", "What it was told.", value={"digest": self.digest})
+        yield GaugeMetricFamily(
+            "kvcodec_config_last_reload_successful",
+            "Whether the last reload was accepted.",
+            float(self.reloaded),
+        )
+        yield GaugeMetricFamily(
+            "kvcodec_config_last_reload_success_timestamp_seconds",
+            "When a configuration was accepted last.",
+            self.reload_seconds,
+        )
+        for name, (help_text, read) in self.gauges.items():
+            value = read()
+            if value is not None:
+                yield GaugeMetricFamily(name, help_text, value)
+        if self.server is not None:
+            yield from self._of_stats(self.server.stats())
+            yield from self._of_counters(self.server.counters())
+
+    def _of_stats(self, stats: Mapping[str, int]) -> Iterator[Metric]:
+        for name, help_text in _SERVER_GAUGES.items():
+            yield GaugeMetricFamily(f"kvcodec_{name}", help_text, float(stats.get(name, 0)))
+        circuits = GaugeMetricFamily(
+            "kvcodec_circuit_state",
+            "1 while the store is not asked, because it did not answer.",
+            labels=("circuit",),
+        )
+        for circuit in ("reads", "writes"):
+            circuits.add_metric((circuit,), float(stats.get(f"{circuit}_refused", 0)))
+        yield circuits
+
+    def _of_counters(self, counters: Mapping[str, int]) -> Iterator[Metric]:
+        pages = CounterMetricFamily(
+            "kvcodec_pages", "Pages by operation and result.", labels=("op", "result")
+        )
+        rejects = CounterMetricFamily(
+            "kvcodec_page_reject", "Pages that were not what was asked for.", labels=("reason",)
+        )
+        circuits = CounterMetricFamily(
+            "kvcodec_circuit_changes", "What the circuits did.", labels=("circuit", "change")
+        )
+        events = CounterMetricFamily(
+            "kvcodec_store_events", "What the store counts about itself.", labels=("event",)
+        )
+        found: dict[tuple[CounterMetricFamily, tuple[str, ...]], float] = {}
+
+        def add(family: CounterMetricFamily, *labels: str) -> None:
+            bounded = tuple(
+                self._labels.setdefault(f"{family.name}.{place}", _Bounded())(label)
+                for place, label in enumerate(labels)
+            )
+            found[family, bounded] = found.get((family, bounded), 0.0) + count
+
+        for name, count in sorted(counters.items()):
+            if name.startswith(_BACKEND):
+                event = name.removeprefix(_BACKEND)
+                if event in _STORE_COUNTERS:
+                    yield CounterMetricFamily(*_STORE_COUNTERS[event], float(count))
+                elif event in _STORE_GAUGES:
+                    yield GaugeMetricFamily(*_STORE_GAUGES[event], float(count))
+                else:
+                    add(events, event)
+                continue
+            operation, _, result = name.partition(".")
+            if operation.endswith(_BREAKER):
+                add(circuits, operation.removesuffix(_BREAKER), result)
+            elif ":" in result:
+                add(rejects, result)
+            else:
+                add(pages, operation, result)
+        for (family, labels), total in found.items():
+            family.add_metric(labels, total)
+        yield from (pages, rejects, circuits, events)
