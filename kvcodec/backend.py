@@ -180,10 +180,11 @@ def parse_options(url: str, allowed: Sequence[str]) -> tuple[SplitResult, dict[s
         name, _, value = (unquote(part) for part in option.partition("="))
         if name not in allowed:
             raise ConfigError(
-                f"{url!r}: unknown option {name!r}, known: {', '.join(sorted(allowed)) or 'none'}"
+                f"{display_url(url)!r}: unknown option {name!r}, "
+                f"known: {', '.join(sorted(allowed)) or 'none'}"
             )
         if name in options:
-            raise ConfigError(f"{url!r}: option {name!r} is given twice")
+            raise ConfigError(f"{display_url(url)!r}: option {name!r} is given twice")
         options[name] = value
     return parts, options
 
