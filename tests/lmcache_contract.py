@@ -11,6 +11,7 @@ import dataclasses
 import importlib.metadata
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,6 +105,15 @@ def test_the_server_module_is_what_lmcache_takes_for_one():
 def test_an_option_of_the_server_module_that_cannot_be_honoured_is_refused(config: dict):
     with pytest.raises(ConfigError):
         server_module.ServerModule(object(), config)
+
+
+def test_the_documented_server_module_is_accepted():
+    text = (Path(__file__).parents[1] / "docs" / "lmcache.md").read_text()
+    found = re.findall(r"--server-module '(\{.*?\})'", text)
+    specs = ext_server_module.parse_server_module_specs(found)
+    assert [spec.module_path for spec in specs] == [server_module.__name__] * 2
+    ports = [server_module._parse(spec.config)[1] for spec in specs]
+    assert ports == [None, 65500]
 
 
 def test_another_release_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch):

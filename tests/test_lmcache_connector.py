@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -18,8 +20,8 @@ import pytest
 from kvcodec.errors import ConfigError
 from kvcodec.layout import DType
 from kvcodec.lmcache import Connector
-from kvcodec.lmcache.chunks import ChunkKey, ChunkShape
-from kvcodec.lmcache.options import ConnectorOptions
+from kvcodec.lmcache.chunks import _DTYPES, ChunkKey, ChunkShape
+from kvcodec.lmcache.options import _OWN_OPTIONS, ConnectorOptions
 
 LAYERS, TOKENS, HEADS, HEAD_SIZE = 3, 16, 2, 64
 LAYOUT = {
@@ -457,6 +459,28 @@ def test_a_shape_knows_its_bytes_and_order():
 
 def test_a_key_may_have_a_salt():
     assert ChunkKey.parse("a/b@01000100@a@ff@x") == ChunkKey("a/b", "01000100", 10, "ff", "x")
+
+
+# The documentation
+
+
+def examples() -> list[dict]:
+    """The JSON objects between single quotes in the document."""
+    text = (Path(__file__).parents[1] / "docs" / "lmcache.md").read_text()
+    return [json.loads(found) for found in re.findall(r"'(\{[^']*\})'", text)]
+
+
+def test_the_documented_adapter_is_accepted():
+    (adapter,) = [example for example in examples() if "adapter_params" in example]
+    assert (adapter["module_path"], adapter["class_name"]) == ("kvcodec.lmcache", "Connector")
+    options = ConnectorOptions.parse(adapter["adapter_params"])
+    assert options.shapes[0].layout.token_count == 256
+
+
+def test_the_document_names_every_option():
+    text = (Path(__file__).parents[1] / "docs" / "lmcache.md").read_text()
+    for option in [*_OWN_OPTIONS, *LAYOUT, *MLA, "fused", "object_bytes", *_DTYPES]:
+        assert f"`{option}`" in text or f'"{option}"' in text, option
 
 
 def test_importing_the_package_loads_no_codec_and_no_lmcache():

@@ -56,7 +56,7 @@ class Connection:
     def __init__(self, host: str, port: int, deadline: Deadline) -> None:
         #: Whether it waited for this call since an earlier one: the server may have gone since.
         self.was_idle = False
-        self._socket = socket.create_connection((host, port), _seconds(deadline))
+        self._socket = _connect(host, port, deadline)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def send(self, data: bytes | memoryview, deadline: Deadline) -> None:
@@ -93,6 +93,27 @@ class Connection:
     def close(self) -> None:
         """Let go of it. A parent's connection stays open for the parent."""
         self._socket.close()
+
+
+def _connect(host: str, port: int, deadline: Deadline) -> socket.socket:
+    """To the first address of the host that answers, all of them within the deadline."""
+    refused: OSError | None = None
+    for family, kind, protocol, _, address in socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM
+    ):
+        found = socket.socket(family, kind, protocol)
+        try:
+            found.settimeout(_seconds(deadline))
+            found.connect(address)
+        except TimeoutError:
+            found.close()
+            raise
+        except OSError as error:
+            found.close()
+            refused = error
+        else:
+            return found
+    raise refused or ConnectionError(f"{host} has no address")
 
 
 def _seconds(deadline: Deadline) -> float:
@@ -188,10 +209,8 @@ class StreamBackend(Backend):
     def close(self) -> None:
         """Close the connections that wait; one in use closes when its call ends."""
         self._closed = True
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.close()
+        self._notice_fork()
+        self._close_idle()
 
     def counters(self) -> Mapping[str, int]:
         """Connections made, and lost in use."""
@@ -228,6 +247,7 @@ class StreamBackend(Backend):
         answers: list[T | BackendError] = []
         if self._closed:
             return [closed_error(self._url) for _ in items]
+        self._notice_fork()
         deadline = Deadline(timeout_seconds)
         while len(answers) < len(items):
             had = len(answers)
@@ -240,6 +260,8 @@ class StreamBackend(Backend):
                         answers.append(answer)
             except TimeoutError:
                 self._lose(connection)
+                # Whatever ails the server, those that wait idle have it too.
+                self._close_idle()
                 answers += [deadline.error(verb, name) for name, _ in items[len(answers) :]]
             except OSError as error:
                 self._lose(connection)
@@ -258,16 +280,19 @@ class StreamBackend(Backend):
                 self._give(connection)
         return answers
 
+    def _notice_fork(self) -> None:
+        """In a child: the lock may be held by a thread that is not there, and the connections
+        carry the parent's conversations.
+        """
+        if self._owner != os.getpid():
+            self._owner = os.getpid()
+            self._lock = threading.Lock()
+            self._close_idle()
+
     def _take(self, deadline: Deadline) -> Connection:
         if deadline.passed():
             raise TimeoutError
         with self._lock:
-            if self._owner != os.getpid():
-                # A fork: the connections carry the parent's conversations.
-                self._owner = os.getpid()
-                for connection in self._idle:
-                    connection.close()
-                self._idle = []
             if self._idle:
                 return self._idle.pop()
         connection = Connection(*self._address, deadline)
@@ -281,6 +306,12 @@ class StreamBackend(Backend):
                 self._idle.append(connection)
                 return
         connection.close()
+
+    def _close_idle(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
 
     def _lose(self, connection: Connection | None) -> None:
         if connection is not None:
