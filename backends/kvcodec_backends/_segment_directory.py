@@ -27,7 +27,7 @@ from kvcodec.errors import BackendTimeout
 from kvcodec_backends._arguments import Deadline
 from kvcodec_backends._file_io import make_directory, remove_file
 
-__all__ = ["SegmentDirectory", "append_to", "lock_segment"]
+__all__ = ["SegmentDirectory", "append_to", "lock_segment", "unlock"]
 
 _FILE = re.compile(r"([0-9a-f]{16})\.(segment|index)")
 _POLL_SECONDS = 0.005
@@ -82,20 +82,16 @@ class SegmentDirectory:
         fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             while True:
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _try_lock(fd):
                     break
-                except BlockingIOError:
-                    if deadline.passed():
-                        raise BackendTimeout(
-                            f"{self._lock_path} stays locked by another process"
-                        ) from None
-                    time.sleep(_POLL_SECONDS)
+                if deadline.passed():
+                    raise BackendTimeout(f"{self._lock_path} stays locked by another process")
+                time.sleep(_POLL_SECONDS)
             if os.fstat(fd).st_nlink == 0:
                 raise OSError(errno.ESTALE, "somebody removed the store meanwhile")
             yield
         finally:
-            os.close(fd)
+            unlock(fd)
 
     def numbers(self) -> set[int]:
         """All segments, of whatever state."""
@@ -134,11 +130,40 @@ class SegmentDirectory:
 
 def lock_segment(fd: int) -> bool:
     """Whether a segment is now ours alone: nobody appends to it, and it is still there."""
+    return _try_lock(fd) and os.fstat(fd).st_nlink > 0
+
+
+def unlock(fd: int) -> None:
+    """Give a lock back and close its descriptor. A child that was forked meanwhile has it too, and
+    would keep the lock.
+    """
+    _locked_fds.discard(fd)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    finally:
+        os.close(fd)
+
+
+def _try_lock(fd: int) -> bool:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    return os.fstat(fd).st_nlink > 0
+    _locked_fds.add(fd)
+    return True
+
+
+# So that a forked child can let go of its parent's locks, which else outlive the parent.
+_locked_fds: set[int] = set()
+
+
+def _close_in_child() -> None:
+    for fd in _locked_fds:
+        os.close(fd)
+    _locked_fds.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 def append_to(path: str, data: bytes, count: Callable[[str, int], None]) -> None:
@@ -146,7 +171,8 @@ def append_to(path: str, data: bytes, count: Callable[[str, int], None]) -> None
     records themselves where the index has a gap.
     """
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(path, flags, 0o600)
         try:
             complete = os.write(fd, data) == len(data)
         finally:

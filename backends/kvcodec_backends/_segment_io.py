@@ -123,8 +123,8 @@ class SegmentIO:
             records.append(record)
         return records
 
-    def kill(self, path: str, record: Record) -> Record:
-        """Mark a record as dead where it lies; how it reads now. Raises OSError."""
+    def kill(self, path: str, record: Record) -> None:
+        """Mark a record as dead where it lies. Raises OSError."""
         dead = record._replace(state=DEAD, checksum=0)
         first = np.zeros(BLOCK_BYTES, np.uint8)
         first[:HEADER_BYTES] = np.frombuffer(dead.pack(), np.uint8)
@@ -132,7 +132,6 @@ class SegmentIO:
             mover = _Mover(fd, record.offset, scratch)
             mover.add(first)
             mover.flush()
-        return dead
 
     def scan(self, fd: int, number: int, start: int, end: int) -> list[Record]:
         """The dead and the whole live records between two places of a segment, without the help of

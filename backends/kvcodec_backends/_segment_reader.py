@@ -100,10 +100,11 @@ def _read_run(
     except FileNotFoundError:
         return [(place, location, None) for place, location, _ in run]
     except OSError as error:
-        return [
-            (place, location, as_backend_error(error, "get", pairs[place][0], writing=False))
-            for place, location, _ in run
-        ]
+        if len(run) > 1:
+            # One bad block must not make its neighbours unreadable.
+            return [answer for item in run for answer in _read_run(store, [item], pairs, deadline)]
+        place, location, _ = run[0]
+        return [(place, location, as_backend_error(error, "get", pairs[place][0], writing=False))]
     answers: list[tuple[int, Location, GetResult]] = []
     for (place, location, _), record in zip(run, records, strict=True):
         is_whole = location.is_at(record, raw_name(pairs[place][0]))

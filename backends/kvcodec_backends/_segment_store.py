@@ -6,13 +6,13 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvcodec.errors import BackendFull
 from kvcodec_backends._arguments import Deadline
 from kvcodec_backends._file_io import FULL_ERRNOS, remove_file, sync_directory
-from kvcodec_backends._segment_directory import SegmentDirectory, append_to, lock_segment
+from kvcodec_backends._segment_directory import SegmentDirectory, append_to, lock_segment, unlock
 from kvcodec_backends._segment_index import Location, Segment, SegmentIndex
 from kvcodec_backends._segment_io import SegmentIO
 from kvcodec_backends._segment_records import (
@@ -97,27 +97,33 @@ class SegmentStore:
                 if not segment.is_sealed:
                     self._read_index(segment)
 
-    def kill(self, entries: Iterable[tuple[bytes, Location]]) -> list[bool]:
+    def kill(self, entries: Sequence[tuple[bytes, Location]]) -> list[bool]:
         """Mark versions as dead on disk, so that no restart brings them back. False where it
         failed.
         """
-        results, dead = [], []
-        for name, location in entries:
-            segment = location.segment
-            try:
-                dead.append((segment, self.io.kill(segment.path, location.record(name))))
-                results.append(True)
-            except FileNotFoundError:
-                # Evicted meanwhile: gone is gone.
-                results.append(True)
-            except OSError:
-                results.append(False)
-        for segment in {segment for segment, _ in dead}:
-            lines = [record.pack() for owner, record in dead if owner is segment]
-            append_to(segment.index_path, b"".join(lines), self.count)
-        if dead:
-            self.directory.change_stamp()
+        if not entries:
+            return []
+        # The index goes first: a crash in between leaves nothing that is told of but not there.
+        for segment in {location.segment for _, location in entries}:
+            lines = _packed(
+                location.record(name)._replace(state=DEAD)
+                for name, location in entries
+                if location.segment is segment
+            )
+            append_to(segment.index_path, lines, self.count)
+        results = [self._kill_record(*entry) for entry in entries]
+        self.directory.change_stamp()
         return results
+
+    def _kill_record(self, name: bytes, location: Location) -> bool:
+        try:
+            self.io.kill(location.segment.path, location.record(name))
+        except FileNotFoundError:
+            # Evicted meanwhile: gone is gone.
+            return True
+        except OSError:
+            return False
+        return True
 
     def drop_empty(self) -> None:
         """Give the space of sealed segments back in which nothing lives any more."""
@@ -137,11 +143,10 @@ class SegmentStore:
         self.directory.make()
         with self.directory.locked(deadline):
             self.refresh()
-            adopted = self._adopt(wanted_bytes) if adopt else None
             self.directory.remove_stray_indexes()
             self.drop_empty()
+            adopted = self._adopt(wanted_bytes) if adopt else None
             if adopted is not None:
-                self._keep_quota(0)
                 return adopted
             size = self.options.segment_bytes
             self._keep_quota(size + size // _INDEX_SHARE)
@@ -156,7 +161,7 @@ class SegmentStore:
             )
             append_to(segment.index_path, record.pack(), self.count)
             self.index.learn(segment, [record])
-        os.close(opened.fd)
+        unlock(opened.fd)
 
     # Looking
 
@@ -185,13 +190,14 @@ class SegmentStore:
         self.index.learn(segment, records)
         return records
 
-    def _load(self, segment: Segment) -> list[Record]:
-        """Take up a whole segment: its index, and the records where that has gaps; the latter are
-        returned.
+    def _load(self, segment: Segment) -> list[Record] | None:
+        """Take up a whole segment: its index, and the records where that has gaps. The latter are
+        returned; None if not all of it could be searched.
         """
         segment.index_bytes = 0
         entries = list(_own_entries(segment))
         found: list[Record] = []
+        is_searched = True
         try:
             with self.io.open(segment.path, os.O_RDONLY) as fd:
                 file_bytes = os.fstat(fd).st_size // BLOCK_BYTES * BLOCK_BYTES
@@ -199,7 +205,7 @@ class SegmentStore:
                     found += self.io.scan(fd, segment.number, start, end)
         except OSError:
             # Evicted meanwhile, or a bad block: the other segments go on.
-            pass
+            is_searched = False
         self.count("recovered_objects", sum(record.state == LIVE for record in found))
         # A record that died before its writer put it into the index is dead all the same.
         dead = {record.sequence for record in entries if record.state == DEAD}
@@ -209,7 +215,7 @@ class SegmentStore:
             if record.state != LIVE or record.sequence not in dead
         ]
         self.index.learn(segment, records)
-        return found
+        return found if is_searched else None
 
     # Making and dropping; the directory is locked
 
@@ -219,22 +225,28 @@ class SegmentStore:
             unfinished.sort(key=lambda segment: segment.last_sequence, reverse=True)
             for segment in unfinished:
                 try:
-                    fd = self.io.open_fd(segment.path, os.O_RDWR)
-                except FileNotFoundError:
+                    opened = self._take_over(segment, wanted_bytes)
+                except OSError:
                     continue
-                file_bytes = os.fstat(fd).st_size
-                if not lock_segment(fd):
-                    os.close(fd)
-                    continue
+                if opened is not None:
+                    self.count("adopted_segments", 1)
+                    return opened
+        return None
+
+    def _take_over(self, segment: Segment, wanted_bytes: int) -> OpenSegment | None:
+        fd = self.io.open_fd(segment.path, os.O_RDWR)
+        try:
+            if lock_segment(fd):
                 found = self._load(segment)
-                if file_bytes - segment.end < wanted_bytes:
-                    os.close(fd)
-                    continue
-                _make_file(segment.index_path, 0, exclusive=False)
-                if found:
+                file_bytes = os.fstat(fd).st_size // BLOCK_BYTES * BLOCK_BYTES
+                if found is not None and file_bytes - segment.end >= wanted_bytes:
                     append_to(segment.index_path, _packed(found), self.count)
-                self.count("adopted_segments", 1)
-                return OpenSegment(segment, fd, segment.end, file_bytes)
+                    opened = OpenSegment(segment, fd, segment.end, file_bytes)
+                    fd = -1
+                    return opened
+        finally:
+            if fd >= 0:
+                unlock(fd)
         return None
 
     def _create(self, size: int) -> OpenSegment:
@@ -258,16 +270,17 @@ class SegmentStore:
 
     def _make(self, segment: Segment, size: int) -> int:
         """Make the files of a segment; the descriptor that holds its lock."""
-        _make_file(segment.path, size, exclusive=True)
-        _make_file(segment.index_path, 0, exclusive=True)
+        _allocate(segment.path, size)
+        append_to(segment.index_path, b"", self.count)
         fd = self.io.open_fd(segment.path, os.O_RDWR)
         try:
             lock_segment(fd)
             if self.options.fsync:
                 os.fsync(fd)
                 sync_directory(self.directory.path)
+                sync_directory(os.path.dirname(self.directory.path))
         except OSError:
-            os.close(fd)
+            unlock(fd)
             raise
         return fd
 
@@ -302,7 +315,7 @@ class SegmentStore:
                 os.ftruncate(fd, 0)
                 _remove_files(segment)
             finally:
-                os.close(fd)
+                unlock(fd)
         objects, stored_bytes = self.index.drop_segment(segment)
         self._segments.pop(segment.number, None)
         self.count("dropped_segments", 1)
@@ -354,12 +367,11 @@ def _read_from(path: str, start: int) -> bytes:
     return b"".join(parts)
 
 
-def _make_file(path: str, size: int, *, exclusive: bool) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(path, flags | (os.O_EXCL if exclusive else 0), 0o600)
+def _allocate(path: str, size: int) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(path, flags, 0o600)
     try:
-        if size:
-            os.posix_fallocate(fd, 0, size)
+        os.posix_fallocate(fd, 0, size)
     finally:
         os.close(fd)
 

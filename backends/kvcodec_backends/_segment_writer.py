@@ -64,14 +64,6 @@ class SegmentWriter:
             self._closed = True
             self._retire(seal=False)
 
-    def abandon(self) -> None:
-        """Let go of the parent's segment, in a child that has just been forked: the lock is the
-        parent's as long as nobody unlocks it.
-        """
-        opened, self._opened = self._opened, None
-        if opened is not None:
-            os.close(opened.fd)
-
     def _check_size(self, size: int) -> None:
         limit = self._store.options.segment_bytes
         if record_bytes(size) > limit:

@@ -139,8 +139,6 @@ def _forget_in_child() -> None:
     """
     global _shared_lock
     _shared_lock = threading.Lock()
-    for shared in _shared.values():
-        shared.writer.abandon()
     _shared.clear()
 
 
@@ -381,7 +379,7 @@ def _delete(store: SegmentStore, names: Sequence[str]) -> list[bool]:
         if location is not None and store.index.remove(name, location)
     ]
     results = [False] * len(names)
-    killed = store.kill((name, location) for _, name, location in taken)
+    killed = store.kill([(name, location) for _, name, location in taken])
     for (place, name, location), done in zip(taken, killed, strict=True):
         results[place] = done
         if not done:
