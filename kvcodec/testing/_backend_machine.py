@@ -31,6 +31,7 @@ def compare_with_dict(
     keeps_objects: bool,
     can_delete: bool,
     can_list: bool,
+    can_replace: bool,
     example_count: int,
     timeout_seconds: float,
 ) -> None:
@@ -45,6 +46,7 @@ def compare_with_dict(
     Machine.keeps_objects = keeps_objects
     Machine.can_delete = can_delete
     Machine.can_list = can_list
+    Machine.can_replace = can_replace
     run_state_machine_as_test(
         Machine,
         settings=settings(
@@ -62,6 +64,7 @@ class BackendMachine(RuleBasedStateMachine):
     keeps_objects = True
     can_delete = True
     can_list = True
+    can_replace = True
 
     def __init__(self, open_backend: Callable[[], Backend], timeout_seconds: float) -> None:
         super().__init__()
@@ -81,8 +84,14 @@ class BackendMachine(RuleBasedStateMachine):
         names = self._named([digest for digest, _ in entries])
         views = [memoryview(data) for _, data in entries]
         results = self.backend.put(names, views, timeout_seconds=self.timeout_seconds)
-        assert results == [None] * len(names)
-        self.model.update((name, bytes(view)) for name, view in zip(names, views, strict=True))
+        wanted = {name: bytes(view) for name, view in zip(names, views, strict=True)}
+        refused = {
+            name
+            for name, data in wanted.items()
+            if not self.can_replace and self.model.get(name, data) != data
+        }
+        assert [result is not None for result in results] == [name in refused for name in names]
+        self.model.update((name, wanted[name]) for name in wanted.keys() - refused)
 
     @rule(digests=_batches)
     def get(self, digests: list[str]) -> None:

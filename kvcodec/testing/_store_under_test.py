@@ -25,6 +25,9 @@ class StoreUnderTest:
     can_delete: bool = True
     #: Whether objects can be listed. Where not, `list` raises `BackendError`.
     can_list: bool = True
+    #: Whether a put replaces what is there. Where not, it answers `BackendError` for other bytes
+    #: under a name that is there, and None for the same bytes.
+    can_replace: bool = True
     #: Long enough for any one call of the suite on a slow machine.
     timeout_seconds: float = 60.0
     #: How many sequences of calls the comparison with a dict tries.
@@ -99,12 +102,14 @@ class StoreUnderTest:
             found.append(None if result is None else bytes(buffer[:result]))
         return found
 
-    def needs(self, *, delete: bool = False, list_: bool = False) -> None:
+    def needs(self, *, delete: bool = False, list_: bool = False, replace: bool = False) -> None:
         """Skip the running test if the store cannot do what it is about."""
         if delete and not self.can_delete:
             skip("objects of this store cannot be removed")
         if list_ and not self.can_list:
             skip("objects of this store cannot be listed")
+        if replace and not self.can_replace:
+            skip("objects of this store cannot be replaced")
 
     def exists(self, backend: Backend, names: Sequence[str]) -> list[bool]:
         """`Backend.exists` with the suite's deadline."""

@@ -86,6 +86,7 @@ class BackendTests(ArgumentTests):
         assert buffer[1000:] == bytes([_CANARY]) * 4000
 
     def test_a_put_of_the_same_name_replaces_the_object(self) -> None:
+        self.needs(replace=True)
         name = fresh_name()
         with self.connection() as backend:
             for size in (1000, 10, 70000, 1):
@@ -184,7 +185,11 @@ class BackendTests(ArgumentTests):
                 assert raised(lambda: list(backend.list(name[:32])), BackendError)
             if not self.can_delete:
                 assert backend.delete([name], timeout_seconds=self.timeout_seconds) == [False]
-                assert self.get(backend, [name], 10) == [b"data"]
+            if not self.can_replace:
+                self.put(backend, {name: b"data"})
+                (other,) = backend.put([name], [memoryview(b"atad")], timeout_seconds=5)
+                assert isinstance(other, BackendError)
+            assert self.get(backend, [name], 10) == [b"data"]
 
     def test_exists_delete_list_and_stat_agree(self) -> None:
         self.needs(delete=True, list_=True)
@@ -273,6 +278,7 @@ class BackendTests(ArgumentTests):
     # Threads
 
     def test_concurrent_writers_of_one_name_never_mix(self) -> None:
+        self.needs(replace=True)
         name, size = fresh_name(), min(300_000, self.max_object_bytes)
         with self.connection() as backend:
             self.put(backend, {name: sealed(0, size)})
@@ -406,6 +412,7 @@ class BackendTests(ArgumentTests):
             keeps_objects=self.keeps_objects,
             can_delete=self.can_delete,
             can_list=self.can_list,
+            can_replace=self.can_replace,
             example_count=self.model_examples,
             timeout_seconds=self.timeout_seconds,
         )
