@@ -74,9 +74,8 @@ class Sidecar:
             else None
         )
         self._traces = open_traces(settings.tracing)
-        self._store = open_backend(settings.store.url, create=settings.store.create)
-        scheme = settings.store.url.partition(":")[0]
-        self.metrics = Metrics(scheme, _build(), configuration.digest)
+        self._store = open_backend(_store_url(settings), create=settings.store.create)
+        self.metrics = Metrics(_store_url(settings), _build(), configuration.digest)
         self._pages = PageServer(self._served(), settings.server_options, self._observe())
         self._gate = Gate(
             self.metrics.refused, [self._traces.arrived] if self._traces is not None else []
@@ -247,6 +246,15 @@ class Sidecar:
         self._gate.reload(tokens, settings.tls.client_names)
         logging.getLogger().setLevel(settings.log_level)
         return merged, changed - reloadable
+
+
+def _store_url(settings: Settings) -> str:
+    """The store's URL, behind memory if there is to be some."""
+    url = settings.store.url
+    if not settings.store.ram_bytes:
+        return url
+    quoted = url.replace("%", "%25").replace("&", "%26").replace("#", "%23")
+    return f"tier+ram://?bytes={settings.store.ram_bytes}&store={quoted}"
 
 
 def _certificate_files(settings: Settings) -> CertificateFiles:

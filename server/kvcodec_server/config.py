@@ -161,7 +161,7 @@ class _Section(BaseModel):
 class Store(_Section):
     """Where pages are kept."""
 
-    url: str = Field(min_length=1)
+    url: str = Field(min_length=1, repr=False)  # it may have a password in it
     create: bool = True
     ram_bytes: _Bytes = 0
     namespaces: Annotated[tuple[_Digest, ...], BeforeValidator(_items)] = ()

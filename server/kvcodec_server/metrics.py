@@ -8,6 +8,7 @@ values is counted as ``other``.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
@@ -52,29 +53,47 @@ CALL_SECONDS = (
 MAX_LABEL_VALUES = 64
 
 _OTHER = "other"
-_BACKEND = "backend."
 _BREAKER = "_breaker"
 
-# What stores count under names of their own that has a name of its own here.
+# What stores count under names of their own that has a name of its own here. A place is the store,
+# or the memory in front of it.
 _STORE_COUNTERS = {
-    "evicted_objects": ("kvcodec_evicted_pages", "Pages that a quota of the store removed."),
-    "evicted_bytes": ("kvcodec_evicted_bytes", "Bytes that a quota of the store removed."),
-    "swept_orphans": (
-        "kvcodec_tmp_orphans_swept",
-        "Unfinished files of dead writers that were removed.",
-    ),
+    "evicted_objects": "evicted_pages",
+    "evicted_bytes": "evicted_bytes",
+    "swept_orphans": "tmp_orphans_swept",
 }
-_STORE_GAUGES = {
-    "stored_bytes": ("kvcodec_store_bytes", "Bytes the store holds, where it knows."),
-    "stored_objects": ("kvcodec_store_pages", "Pages the store holds, where it knows."),
+_REJECTED = frozenset(
+    {
+        "corrupt_page",
+        "mismatched_page",
+        "page_error",
+        "quality_below_minimum",
+        "too_long",
+        "undecoded_page",
+        "unsupported_page",
+    }
+)
+_LOOKUPS = {"hits": "hit", "misses": "miss"}
+_COUNTERS = {
+    "pages": ("Pages by operation and result.", ("op", "result")),
+    "page_reject": ("Pages that were not what was asked for.", ("reason",)),
+    "circuit_changes": ("What the circuits did.", ("circuit", "change")),
+    "evicted_pages": ("Pages removed to make room.", ("place",)),
+    "evicted_bytes": ("Bytes removed to make room.", ("place",)),
+    "tmp_orphans_swept": ("Unfinished files of dead writers that were removed.", ("place",)),
+    "tier_lookups": ("Pages looked up in the memory in front of the store.", ("result",)),
+    "store_events": ("What else the store counts about itself.", ("place", "event")),
 }
 _SERVER_GAUGES = {
-    "calls": "Calls under way.",
-    "streams": "Calls under way that are streams.",
-    "sessions": "Clients with a region of shared memory.",
-    "region_bytes": "Shared memory of the clients.",
-    "staging_bytes": "Memory in use for streams and for pages encoded or decoded here.",
-    "draining": "1 from SIGTERM to the end.",
+    "calls": ("calls_in_progress", "Calls under way."),
+    "streams": ("streams_in_progress", "Calls under way that are streams."),
+    "sessions": ("sessions", "Clients with a region of shared memory."),
+    "region_bytes": ("region_bytes", "Shared memory of the clients."),
+    "staging_bytes": (
+        "staging_bytes",
+        "Memory in use for streams and for pages encoded or decoded here.",
+    ),
+    "draining": ("draining", "1 from SIGTERM to the end."),
 }
 
 
@@ -91,11 +110,11 @@ class Watched(Protocol):
 class Metrics:
     """The registry of one sidecar. Thread-safe; `observe` never waits for a reader."""
 
-    def __init__(self, backend: str, build: Mapping[str, str], digest: str) -> None:
-        """`backend` is the scheme of the store's URL, `digest` that of the configuration."""
+    def __init__(self, url: str, build: Mapping[str, str], digest: str) -> None:
+        """`url` is the store's, of which the scheme is shown; `digest` is the configuration's."""
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
-        self._backend = backend
+        self._backend = url.partition(":")[0]
         self._operations = _Bounded()
         self._outcomes = _Bounded()
         self._seconds = Histogram(
@@ -126,7 +145,7 @@ class Metrics:
             ("reason",),
             registry=self.registry,
         )
-        self._pulled = _Pulled(build, digest)
+        self._pulled = _Pulled(build, digest, has_memory=self._backend.startswith("tier+"))
         self.registry.register(self._pulled)
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
@@ -187,13 +206,14 @@ class _Bounded:
 class _Pulled(Collector):
     """Metrics of numbers that somebody else keeps."""
 
-    def __init__(self, build: Mapping[str, str], digest: str) -> None:
+    def __init__(self, build: Mapping[str, str], digest: str, *, has_memory: bool) -> None:
         self.server: Watched | None = None
         self.gauges: dict[str, tuple[str, Callable[[], float | None]]] = {}
         self.reloaded = True
         self.reload_seconds = time.time()
         self.digest = digest
         self._build = dict(build)
+        self._has_memory = has_memory
         self._labels: dict[str, _Bounded] = {}
 
     def collect(self) -> Iterable[Metric]:
@@ -219,8 +239,8 @@ class _Pulled(Collector):
             yield from self._of_counters(self.server.counters())
 
     def _of_stats(self, stats: Mapping[str, int]) -> Iterator[Metric]:
-        for name, help_text in _SERVER_GAUGES.items():
-            yield GaugeMetricFamily(f"kvcodec_{name}", help_text, float(stats.get(name, 0)))
+        for stat, (name, help_text) in _SERVER_GAUGES.items():
+            yield GaugeMetricFamily(f"kvcodec_{name}", help_text, float(stats.get(stat, 0)))
         circuits = GaugeMetricFamily(
             "kvcodec_circuit_state",
             "1 while the store is not asked, because it did not answer.",
@@ -231,44 +251,40 @@ class _Pulled(Collector):
         yield circuits
 
     def _of_counters(self, counters: Mapping[str, int]) -> Iterator[Metric]:
-        pages = CounterMetricFamily(
-            "kvcodec_pages", "Pages by operation and result.", labels=("op", "result")
-        )
-        rejects = CounterMetricFamily(
-            "kvcodec_page_reject", "Pages that were not what was asked for.", labels=("reason",)
-        )
-        circuits = CounterMetricFamily(
-            "kvcodec_circuit_changes", "What the circuits did.", labels=("circuit", "change")
-        )
-        events = CounterMetricFamily(
-            "kvcodec_store_events", "What the store counts about itself.", labels=("event",)
-        )
-        found: dict[tuple[CounterMetricFamily, tuple[str, ...]], float] = {}
-
-        def add(family: CounterMetricFamily, *labels: str) -> None:
+        families = {
+            name: CounterMetricFamily(f"kvcodec_{name}", help_text, labels=labels)
+            for name, (help_text, labels) in _COUNTERS.items()
+        }
+        found: defaultdict[tuple[str, tuple[str, ...]], float] = defaultdict(float)
+        for name, count in counters.items():
+            family, labels = self._sorted_in(name)
             bounded = tuple(
-                self._labels.setdefault(f"{family.name}.{place}", _Bounded())(label)
+                self._labels.setdefault(f"{family}.{place}", _Bounded())(label)
                 for place, label in enumerate(labels)
             )
-            found[family, bounded] = found.get((family, bounded), 0.0) + count
+            found[family, bounded] += count
+            if family == "pages" and labels[1] in _REJECTED:
+                found["page_reject", (labels[1],)] += count
+        for (family, labels), total in sorted(found.items()):
+            families[family].add_metric(labels, total)
+        yield from families.values()
 
-        for name, count in sorted(counters.items()):
-            if name.startswith(_BACKEND):
-                event = name.removeprefix(_BACKEND)
-                if event in _STORE_COUNTERS:
-                    yield CounterMetricFamily(*_STORE_COUNTERS[event], float(count))
-                elif event in _STORE_GAUGES:
-                    yield GaugeMetricFamily(*_STORE_GAUGES[event], float(count))
-                else:
-                    add(events, event)
-                continue
-            operation, _, result = name.partition(".")
-            if operation.endswith(_BREAKER):
-                add(circuits, operation.removesuffix(_BREAKER), result)
-            elif ":" in result:
-                add(rejects, result)
-            else:
-                add(pages, operation, result)
-        for (family, labels), total in found.items():
-            family.add_metric(labels, total)
-        yield from (pages, rejects, circuits, events)
+    def _sorted_in(self, name: str) -> tuple[str, tuple[str, ...]]:
+        """The family and the labels of one of the server's counters."""
+        operation, _, result = name.partition(".")
+        if operation == "backend":
+            place = "store"
+            if self._has_memory:
+                inner = result.removeprefix("store.")
+                place = "ram" if inner == result else "store"
+                result = inner
+            if place == "ram" and result in _LOOKUPS:
+                return "tier_lookups", (_LOOKUPS[result],)
+            if result in _STORE_COUNTERS:
+                return _STORE_COUNTERS[result], (place,)
+            return "store_events", (place, result)
+        if operation == "io":
+            return "store_events", ("sidecar", result)
+        if operation.endswith(_BREAKER):
+            return "circuit_changes", (operation.removesuffix(_BREAKER), result)
+        return "pages", (operation, result)
