@@ -60,7 +60,7 @@ class ServerOptions:
     `grpc_threads` calls are served at a time, of which `max_streams` may be streams: a slow reader
     holds a thread. `io_threads` ask the store. `staging_bytes` bounds the memory of streams and of
     pages that are encoded or decoded here. A call may name `max_objects`, of `max_object_bytes`
-    each, and needs a deadline of at most `max_call_seconds`. `max_sessions` clients may have a
+    each, and ends after `max_call_seconds` if not before. `max_sessions` clients may have a
     region of `max_region_bytes` each; their uid is the server's, root's, or one of `allowed_uids`.
     The breakers are those of `kvcodec.pipeline.StoreOptions`.
     """

@@ -10,6 +10,8 @@ import grpc
 
 from kvcodec.backend import Backend
 from kvcodec.errors import ConfigError
+from kvcodec_proto.v1 import service_pb2_grpc
+from kvcodec_server._servicer import Servicer
 from kvcodec_server.options import (
     CHUNK_BYTES,
     RELOADABLE,
@@ -17,6 +19,7 @@ from kvcodec_server.options import (
     ServerOptions,
     ignore_observation,
 )
+from kvcodec_server.region import RegionServer
 
 __all__ = ["PageServer", "ServerOptions", "new_grpc_server"]
 
@@ -57,16 +60,24 @@ class PageServer:
         observe: Observe = ignore_observation,
     ) -> None:
         self.store = store
-        self.options = options or ServerOptions()
-        self._observe = observe
+        self._servicer = Servicer(store, options or ServerOptions(), observe)
+        self._regions: list[RegionServer] = []
+
+    @property
+    def options(self) -> ServerOptions:
+        """The limits in force."""
+        return self._servicer.options
 
     def add_to(self, grpc_server: grpc.Server) -> None:
         """Register PageService. Calls that come over a Unix socket need a session."""
+        service_pb2_grpc.add_PageServiceServicer_to_server(self._servicer, grpc_server)
 
     def listen(self, region_path: str | Path, *, mode: int = 0o660) -> None:
         """Take regions on this Unix socket: for a gRPC listener on ``unix:<path>`` it is
         ``<path>.region``. Raises `ConfigError` if the socket cannot be made.
         """
+        server = RegionServer(region_path, self._servicer.sessions, lambda: self.options, mode=mode)
+        self._regions.append(server)
 
     def reconfigure(self, options: ServerOptions) -> None:
         """Take over the limits that can change while running; what is under way keeps its own.
@@ -76,24 +87,43 @@ class PageServer:
         fixed = set(self.options.changed(options)) - RELOADABLE
         if fixed:
             raise ConfigError(f"{', '.join(sorted(fixed))}: only a restart changes that")
-        self.options = options
+        self._servicer.options = options
 
     def stats(self) -> Mapping[str, int]:
         """Gauges: ``calls``, ``streams``, ``sessions``, ``region_bytes``, ``staging_bytes``,
         ``reads_refused`` and ``writes_refused`` (1 while that breaker is open), ``draining``.
         """
-        return {}
+        servicer, pipeline = self._servicer, self._servicer.calls.pipeline
+        return {
+            "calls": servicer.under_way["call"],
+            "streams": servicer.under_way["stream"],
+            "sessions": servicer.sessions.count,
+            "region_bytes": servicer.sessions.mapped_bytes,
+            "staging_bytes": pipeline.buffers.allocated_bytes,
+            "reads_refused": int(not pipeline.reads.admits),
+            "writes_refused": int(not pipeline.writes.admits),
+            "draining": int(servicer.draining),
+        }
 
     def counters(self) -> Mapping[str, int]:
         """Monotonic counts, ``operation.outcome`` per object, the store's own under ``backend.``;
         never blocks.
         """
-        return {}
+        return self._servicer.calls.pipeline.counters()
 
     def drain(self, timeout_seconds: float) -> bool:
         """Refuse new calls (UNAVAILABLE) and wait for those under way; whether all ended."""
-        del timeout_seconds
-        return True
+        servicer = self._servicer
+        with servicer.changed:
+            servicer.draining = True
+            return servicer.changed.wait_for(
+                lambda: not servicer.under_way["call"], timeout_seconds
+            )
 
     def close(self) -> None:
-        """End the sessions and the threads. Twice is fine."""
+        """End the sessions and the threads; the store stays open. Twice is fine."""
+        self._servicer.draining = True
+        for region in self._regions:
+            region.close()
+        self._servicer.listing.close(timeout_seconds=0.0)
+        self._servicer.calls.close()

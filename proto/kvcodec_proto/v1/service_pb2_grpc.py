@@ -28,8 +28,8 @@ if _version_not_supported:
 class PageServiceStub(object):
     """Encoded pages, moved whole, in batches, with an answer per object.
 
-    Every call needs a deadline. Names are "<32 hex digits>/<64 hex digits>" (FORMAT.md 2.5). A call
-    that is refused as a whole ends with a gRPC status and the trailer "kvcodec-status", a number of
+    A call has its deadline, and the sidecar's own where that is earlier. Names are
+    "<32 hex digits>/<64 hex digits>" (FORMAT.md 2.5). A call that is refused as a whole ends with a gRPC status and the trailer "kvcodec-status", a number of
     the enum Status. On a Unix socket every call carries the metadata "kvcodec-session", the token
     that the socket beside it gave in exchange for a region of shared memory.
     """
@@ -100,8 +100,8 @@ class PageServiceStub(object):
 class PageServiceServicer(object):
     """Encoded pages, moved whole, in batches, with an answer per object.
 
-    Every call needs a deadline. Names are "<32 hex digits>/<64 hex digits>" (FORMAT.md 2.5). A call
-    that is refused as a whole ends with a gRPC status and the trailer "kvcodec-status", a number of
+    A call has its deadline, and the sidecar's own where that is earlier. Names are
+    "<32 hex digits>/<64 hex digits>" (FORMAT.md 2.5). A call that is refused as a whole ends with a gRPC status and the trailer "kvcodec-status", a number of
     the enum Status. On a Unix socket every call carries the metadata "kvcodec-session", the token
     that the socket beside it gave in exchange for a region of shared memory.
     """
@@ -245,8 +245,8 @@ def add_PageServiceServicer_to_server(servicer, server):
 class PageService(object):
     """Encoded pages, moved whole, in batches, with an answer per object.
 
-    Every call needs a deadline. Names are "<32 hex digits>/<64 hex digits>" (FORMAT.md 2.5). A call
-    that is refused as a whole ends with a gRPC status and the trailer "kvcodec-status", a number of
+    A call has its deadline, and the sidecar's own where that is earlier. Names are
+    "<32 hex digits>/<64 hex digits>" (FORMAT.md 2.5). A call that is refused as a whole ends with a gRPC status and the trailer "kvcodec-status", a number of
     the enum Status. On a Unix socket every call carries the metadata "kvcodec-session", the token
     that the socket beside it gave in exchange for a region of shared memory.
     """

@@ -1,0 +1,142 @@
+"""Objects to and from a sidecar anywhere, in chunks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+
+import grpc
+
+from kvcodec.backend import Deadline, GetResult, PutResult
+from kvcodec.errors import BackendError
+from kvcodec_proto.v1 import service_pb2 as pb
+from kvcodec_proto.v1.service_pb2_grpc import PageServiceStub
+from kvcodec_server._client_link import CHANNEL_OPTIONS
+from kvcodec_server._client_local import as_backend_error
+from kvcodec_server.options import CHUNK_BYTES
+from kvcodec_server.status import get_result, put_result
+
+__all__ = ["RemoteDoor"]
+
+Metadata = tuple[tuple[str, str], ...]
+
+
+class RemoteDoor:
+    """A sidecar at ``host:port``. Thread-safe; not for both sides of a fork."""
+
+    def __init__(
+        self,
+        target: str,
+        credentials: grpc.ChannelCredentials | None,
+        options: Sequence[tuple[str, str]],
+        metadata: Metadata,
+    ) -> None:
+        everything = [*CHANNEL_OPTIONS, *options]
+        self._channel = (
+            grpc.insecure_channel(target, options=everything)
+            if credentials is None
+            else grpc.secure_channel(target, credentials, options=everything)
+        )
+        self._stub = PageServiceStub(self._channel)
+        self._metadata = metadata
+
+    def stub(self, deadline: Deadline) -> tuple[PageServiceStub, Metadata]:
+        """For calls that move no objects."""
+        del deadline
+        return self._stub, self._metadata
+
+    def get(self, pairs: Sequence[tuple[str, memoryview]], deadline: Deadline) -> list[GetResult]:
+        """Read objects into memory. What was not reached has the error of the call."""
+        results: list[GetResult] = []
+        rooms = [pb.ObjectRoom(name=name, capacity=len(view)) for name, view in pairs]
+        try:
+            parts = self._stub.GetStream(
+                pb.GetStreamRequest(objects=rooms),
+                timeout=deadline.remaining_seconds(),
+                metadata=self._metadata,
+            )
+            try:
+                for _, view in pairs:
+                    results.append(_read(parts, view))
+            finally:
+                parts.cancel()
+        except grpc.RpcError as error:
+            results += [as_backend_error(error)] * (len(pairs) - len(results))
+        except (BackendError, ValueError) as error:
+            results += [BackendError(str(error))] * (len(pairs) - len(results))
+        return results
+
+    def put(self, pairs: Sequence[tuple[str, memoryview]], deadline: Deadline) -> list[PutResult]:
+        """Store objects from memory, which is not read after the return."""
+        parts = _Parts(pairs)
+        try:
+            response = self._stub.PutStream(
+                parts, timeout=deadline.remaining_seconds(), metadata=self._metadata
+            )
+            if len(response.outcomes) == len(pairs):
+                return [put_result(outcome) for outcome in response.outcomes]
+            error = BackendError(f"{len(response.outcomes)} answers for {len(pairs)} objects")
+        except grpc.RpcError as call:
+            error = as_backend_error(call)
+        except ValueError as closed:
+            error = BackendError(str(closed))
+        finally:
+            parts.stop()
+        return [error] * len(pairs)
+
+    def close(self) -> None:
+        """Close the connection; calls under way end."""
+        self._channel.close()
+
+
+def _read(parts: Iterator[pb.GetStreamResponse], view: memoryview) -> GetResult:
+    """The next object of a stream, checked against the room for it before anything is written."""
+    outcome = _next(parts, "outcome").outcome
+    result = get_result(outcome, len(view))
+    if not isinstance(result, int) or outcome.status != pb.STATUS_OK:
+        return result
+    at = 0
+    while at < result:
+        chunk = _next(parts, "chunk").chunk
+        if not chunk or at + len(chunk) > result:
+            raise BackendError(f"an object of {result} bytes: after {at} came {len(chunk)}")
+        view[at : at + len(chunk)] = chunk
+        at += len(chunk)
+    return result
+
+
+def _next(parts: Iterator[pb.GetStreamResponse], wanted: str) -> pb.GetStreamResponse:
+    part = next(parts, None)
+    if part is None or part.WhichOneof("part") != wanted:
+        raise BackendError(f"the sidecar broke the form of a stream: no {wanted}")
+    return part
+
+
+class _Parts:
+    """The messages of a put, made when they are sent: by gRPC's thread, until the call is over."""
+
+    def __init__(self, pairs: Sequence[tuple[str, memoryview]]) -> None:
+        self._parts = self._all(pairs)
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def __iter__(self) -> Iterator[pb.PutStreamRequest]:
+        return self
+
+    def __next__(self) -> pb.PutStreamRequest:
+        with self._lock:
+            if self._stopped:
+                raise StopIteration
+            return next(self._parts)
+
+    def stop(self) -> None:
+        """The memory of the objects is read no more."""
+        with self._lock:
+            self._stopped = True
+
+    def _all(self, pairs: Sequence[tuple[str, memoryview]]) -> Iterator[pb.PutStreamRequest]:
+        yield pb.PutStreamRequest(header=pb.PutStreamHeader())
+        for name, view in pairs:
+            yield pb.PutStreamRequest(start=pb.ObjectStart(name=name, length=len(view)))
+            for at in range(0, len(view), CHUNK_BYTES):
+                yield pb.PutStreamRequest(chunk=bytes(view[at : at + CHUNK_BYTES]))

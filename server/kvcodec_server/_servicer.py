@@ -1,0 +1,398 @@
+"""The handlers of PageService: admission, arguments, and answers per object."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import grpc
+
+from kvcodec.backend import Backend, ObjectInfo, check_name
+from kvcodec.errors import (
+    BackendError,
+    BackendTimeout,
+    ConfigError,
+    CorruptPage,
+    KVCodecError,
+    PageError,
+)
+from kvcodec.format import EncodedPage
+from kvcodec.workers import IOThreads
+from kvcodec_proto.v1 import service_pb2 as pb
+from kvcodec_proto.v1 import service_pb2_grpc
+from kvcodec_server._region_wire import TOKEN_METADATA
+from kvcodec_server.metadata import metadata_of
+from kvcodec_server.options import Observe, ServerOptions
+from kvcodec_server.raw import RawPages
+from kvcodec_server.session import Session, Sessions
+from kvcodec_server.status import code_of, get_outcome, outcome_of, put_outcome, worst_label
+from kvcodec_server.store_calls import Countdown, StoreCalls
+from kvcodec_server.streams import GetStream, PutStream, with_metadata
+
+__all__ = ["Servicer"]
+
+_LISTED_AT_ONCE = 500
+_LIST_THREADS = 4
+_MAX_DETAIL = 500
+
+
+class _Call:
+    """One call under way: what admission found out, and what to tell the observer in the end."""
+
+    def __init__(self, seconds: float, session: Session | None) -> None:
+        self.seconds = seconds
+        self.deadline = time.monotonic() + seconds
+        self.session = session
+        self.label = "ok"
+        self.raw_bytes = 0
+        self.encoded_bytes = 0
+
+
+class Servicer(service_pb2_grpc.PageServiceServicer):
+    """PageService, and the state that its handlers share."""
+
+    def __init__(self, store: Backend, options: ServerOptions, observe: Observe) -> None:
+        self.options = options
+        self.sessions = Sessions()
+        self.calls = StoreCalls(store, options)
+        self.under_way: Counter[str] = Counter()
+        self.changed = threading.Condition()
+        self.draining = False
+        self._store = store
+        self._observe = observe
+        self.listing = IOThreads(_LIST_THREADS, limit=_LIST_THREADS)
+
+    # Same node
+
+    def Get(  # noqa: N802 - the service's name
+        self, request: pb.GetRequest, context: grpc.ServicerContext
+    ) -> pb.GetResponse:
+        """Objects from the store into ranges of the region."""
+        with self._call("get", context) as call:
+            session, views = self._ranges(call, request.objects)
+            raw = self._raw(request)
+            names = _names(request.objects, checked=raw is None)
+            lease = session.begin(request.call_id)
+            if raw is not None:
+                try:
+                    outcomes, finished = raw.get(names, views, call.seconds), True
+                finally:
+                    lease.release()
+            else:
+                results, finished = self.calls.get(names, views, call.seconds, lease.release).wait()
+                outcomes = list(map(get_outcome, results, map(len, views)))
+                if request.with_metadata and finished:
+                    for outcome, view in zip(outcomes, views, strict=True):
+                        if outcome.status == pb.STATUS_OK:
+                            with_metadata(outcome, view[: outcome.length])
+            self._settle("get", call, outcomes, is_raw=raw is not None)
+            return pb.GetResponse(outcomes=outcomes, unfinished=not finished)
+
+    def Put(  # noqa: N802
+        self, request: pb.PutRequest, context: grpc.ServicerContext
+    ) -> pb.PutResponse:
+        """Objects from ranges of the region into the store."""
+        with self._call("put", context) as call:
+            session, views = self._ranges(call, request.objects)
+            raw = self._raw(request)
+            names = _names(request.objects, checked=raw is None)
+            lease = session.begin(request.call_id)
+            if raw is not None:
+                outcomes, finished = raw.put(names, views, call.seconds, lease.release), True
+            else:
+                results, finished = self.calls.put(names, views, call.seconds, lease.release).wait()
+                outcomes = list(map(put_outcome, results, map(len, views)))
+            self._settle("put", call, outcomes, is_raw=raw is not None)
+            return pb.PutResponse(outcomes=outcomes, unfinished=not finished)
+
+    # Anywhere
+
+    def GetStream(  # noqa: N802
+        self, request: pb.GetStreamRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.GetStreamResponse]:
+        """Objects from the store in chunks."""
+        with self._call("get_stream", context, stream=True) as call:
+            self._check_count(request.objects)
+            stream = GetStream(self.calls, request, self.options, call.deadline)
+            try:
+                yield from stream.parts()
+            finally:
+                self._settle("get", call, stream.outcomes, is_raw=request.HasField("raw"))
+
+    def PutStream(  # noqa: N802
+        self, request_iterator: Iterator[pb.PutStreamRequest], context: grpc.ServicerContext
+    ) -> pb.PutStreamResponse:
+        """Objects in chunks into the store."""
+        with self._call("put_stream", context, stream=True) as call:
+            stream = PutStream(self.calls, self.options, call.deadline)
+            outcomes = stream.receive(request_iterator)
+            self._settle("put", call, outcomes, is_raw=stream.is_raw)
+            return pb.PutStreamResponse(outcomes=outcomes)
+
+    # Names alone
+
+    def Exists(  # noqa: N802
+        self, request: pb.ExistsRequest, context: grpc.ServicerContext
+    ) -> pb.ExistsResponse:
+        """Whether objects are there."""
+        with self._call("exists", context) as call:
+            self._check_count(request.names)
+            names = list(map(check_name, request.names))
+            return pb.ExistsResponse(exists=self.calls.exists(names, call.seconds))
+
+    def ExistsPrefix(  # noqa: N802
+        self, request: pb.ExistsPrefixRequest, context: grpc.ServicerContext
+    ) -> pb.ExistsPrefixResponse:
+        """The length of the leading run."""
+        with self._call("exists", context) as call:
+            self._check_count(request.names)
+            names = list(map(check_name, request.names))
+            return pb.ExistsPrefixResponse(count=self.calls.exists_prefix(names, call.seconds))
+
+    def Delete(  # noqa: N802
+        self, request: pb.DeleteRequest, context: grpc.ServicerContext
+    ) -> pb.DeleteResponse:
+        """Remove objects."""
+        with self._call("delete", context) as call:
+            self._check_count(request.names)
+            names = list(map(check_name, request.names))
+            return pb.DeleteResponse(deleted=self.calls.delete(names, call.seconds))
+
+    def Stat(  # noqa: N802
+        self, request: pb.StatRequest, context: grpc.ServicerContext
+    ) -> pb.StatResponse:
+        """One object's description."""
+        with self._call("stat", context) as call:
+            found = self.calls.stat(check_name(request.name), call.seconds)
+            if isinstance(found, BackendError):
+                raise found
+            return pb.StatResponse(object=None if found is None else _stored(found))
+
+    def List(  # noqa: N802
+        self, request: pb.ListRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.ListResponse]:
+        """All objects, some at a time."""
+        with self._call("list", context, stream=True) as call:
+            batches: queue.Queue[list[ObjectInfo] | BackendError | None] = queue.Queue(2)
+            left = threading.Event()
+            if not self.listing.submit(partial(self._list, request.prefix, batches, left)):
+                raise BackendError("too many lists are under way")
+            try:
+                while batch := batches.get(timeout=max(0.0, call.deadline - time.monotonic())):
+                    if isinstance(batch, BackendError):
+                        raise batch
+                    yield pb.ListResponse(objects=map(_stored, batch))
+            except queue.Empty:
+                raise BackendTimeout("the store did not list its objects in time") from None
+            finally:
+                left.set()
+
+    def Inspect(  # noqa: N802
+        self, request: pb.InspectRequest, context: grpc.ServicerContext
+    ) -> pb.InspectResponse:
+        """What pages say about themselves."""
+        with self._call("inspect", context) as call:
+            self._check_count(request.names)
+            for name in request.names:
+                check_name(name)
+            outcomes = [self._inspect(name, request.verify, call) for name in request.names]
+            self._settle("inspect", call, outcomes, is_raw=False)
+            return pb.InspectResponse(outcomes=outcomes)
+
+    def Stats(  # noqa: N802
+        self, request: pb.StatsRequest, context: grpc.ServicerContext
+    ) -> pb.StatsResponse:
+        """Counters, and what is there now."""
+        del request
+        with self._call("stats", context):
+            return pb.StatsResponse(
+                counters=self.calls.pipeline.counters(),
+                sessions=self.sessions.count,
+                calls=self.under_way["call"],
+                region_bytes=self.sessions.mapped_bytes,
+            )
+
+    # What they share
+
+    @contextmanager
+    def _call(
+        self, operation: str, context: grpc.ServicerContext, *, stream: bool = False
+    ) -> Iterator[_Call]:
+        """Admit a call, end it with the status of what it raises, and tell the observer."""
+        started = time.monotonic()
+        seconds = min(context.time_remaining(), self.options.max_call_seconds)
+        call = _Call(seconds, self._session(context))
+        # Sending to a reader that does not read waits for it, whatever the time.
+        watchdog = threading.Timer(call.seconds, context.cancel) if stream else None
+        try:
+            with self._slot(stream=stream):
+                if watchdog is not None:
+                    watchdog.daemon = True
+                    watchdog.start()
+                yield call
+        except KVCodecError as error:
+            call.label = worst_label([outcome_of(error)])
+            code, trailers = code_of(error)
+            context.set_trailing_metadata(trailers)
+            context.abort(code, str(error)[:_MAX_DETAIL])
+        finally:
+            if watchdog is not None:
+                watchdog.cancel()
+            seconds = time.monotonic() - started
+            self._observe(operation, call.label, seconds, call.raw_bytes, call.encoded_bytes)
+
+    @contextmanager
+    def _slot(self, *, stream: bool) -> Iterator[None]:
+        """A place among the calls under way. Raises `BackendError` if there is none."""
+        with self.changed:
+            if self.draining:
+                raise BackendError("the sidecar is going away")
+            if stream and self.under_way["stream"] >= self.options.max_streams:
+                raise BackendError(f"{self.options.max_streams} streams are busy (max_streams)")
+            self.under_way["call"] += 1
+            self.under_way["stream"] += stream
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.under_way["call"] -= 1
+                self.under_way["stream"] -= stream
+                self.changed.notify_all()
+
+    def _session(self, context: grpc.ServicerContext) -> Session | None:
+        """The session of a call. One over the Unix socket has to have one: its token is the proof
+        that the other side of the socket was asked who it is.
+        """
+        token = dict(context.invocation_metadata() or ()).get(TOKEN_METADATA)
+        session = self.sessions.find(token) if isinstance(token, str) else None
+        if session is None and (token is not None or context.peer().startswith("unix:")):
+            context.abort(
+                grpc.StatusCode.UNAUTHENTICATED,
+                f"no session has this {TOKEN_METADATA}: the socket for regions gives one",
+            )
+        return session
+
+    def _ranges(
+        self, call: _Call, objects: Sequence[pb.ObjectRange]
+    ) -> tuple[Session, list[memoryview]]:
+        self._check_count(objects)
+        if call.session is None:
+            raise ConfigError("ranges are for clients with a region; others use the streams")
+        longest = max((item.length for item in objects), default=0)
+        if longest > self.options.max_object_bytes:
+            raise ConfigError(
+                f"a range of {longest} bytes, allowed are {self.options.max_object_bytes} "
+                f"(max_object_bytes)"
+            )
+        return call.session, [call.session.view(item.offset, item.length) for item in objects]
+
+    def _raw(self, request: pb.GetRequest | pb.PutRequest) -> RawPages | None:
+        if not request.HasField("raw"):
+            return None
+        return RawPages(self.calls, request.raw, self.options.max_object_bytes)
+
+    def _check_count(self, objects: Sequence[object]) -> None:
+        if len(objects) > self.options.max_objects:
+            raise ConfigError(
+                f"{len(objects)} objects in a call, allowed are {self.options.max_objects} "
+                f"(max_objects)"
+            )
+
+    def _settle(
+        self, operation: str, call: _Call, outcomes: Sequence[pb.Outcome], *, is_raw: bool
+    ) -> None:
+        call.label = worst_label(outcomes)
+        moved = sum(outcome.length for outcome in outcomes if outcome.status == pb.STATUS_OK)
+        if is_raw and operation == "get":
+            call.raw_bytes = moved
+        else:
+            call.encoded_bytes = moved
+        for status, amount in Counter(outcome.status for outcome in outcomes).items():
+            name = pb.Status.Name(status).removeprefix("STATUS_").lower()
+            self.calls.pipeline.counts.add(f"{operation}.{name}", amount)
+
+    def _inspect(self, name: str, verify: bool, call: _Call) -> pb.Outcome:
+        left = max(0.0, call.deadline - time.monotonic())
+        found = self.calls.stat(name, left)
+        if found is None:
+            return pb.Outcome(status=pb.STATUS_NOT_FOUND)
+        if isinstance(found, BackendError):
+            return outcome_of(found)
+        if not 1 <= found.stored_bytes <= self.options.max_object_bytes:
+            return pb.Outcome(status=pb.STATUS_TOO_LONG, length=found.stored_bytes)
+        buffers = self.calls.pipeline.buffers
+        buffer = buffers.acquire(found.stored_bytes, left)
+        if buffer is None:
+            return outcome_of(BackendTimeout("no staging memory came free in time"))
+        release = Countdown(2, partial(buffers.release, buffer))
+        try:
+            left = max(0.0, call.deadline - time.monotonic())
+            ((result,), _) = self.calls.get([name], [buffer.data], left, release).wait()
+            outcome = get_outcome(result, len(buffer))
+            if outcome.status != pb.STATUS_OK:
+                return outcome
+            try:
+                page = EncodedPage.parse(buffer.data[: outcome.length])
+                outcome.metadata.CopyFrom(metadata_of(page.header))
+                if verify:
+                    page.verify()
+            except PageError as error:
+                refused = outcome_of(error)
+                refused.length = outcome.length
+                if isinstance(error, CorruptPage) and outcome.HasField("metadata"):
+                    refused.metadata.CopyFrom(outcome.metadata)
+                return refused
+            return outcome
+        finally:
+            release()
+
+    def _list(
+        self,
+        prefix: str,
+        batches: queue.Queue[list[ObjectInfo] | BackendError | None],
+        left: threading.Event,
+    ) -> None:
+        """On a thread of its own: list until the end, or until the reader has left."""
+
+        def give(batch: list[ObjectInfo] | BackendError | None) -> bool:
+            while not left.is_set():
+                try:
+                    batches.put(batch, timeout=0.5)
+                except queue.Full:
+                    continue
+                return True
+            return False
+
+        def listed() -> bool:
+            batch: list[ObjectInfo] = []
+            try:
+                for info in self._store.list(prefix):
+                    batch.append(info)
+                    if len(batch) == _LISTED_AT_ONCE:
+                        if not give(batch):
+                            return True
+                        batch = []
+            except BackendError as error:
+                give(error)
+                return True
+            return not batch or give(batch)
+
+        if self.calls.pipeline.guarded("list", listed) is None:
+            give(BackendError("the store failed in an unknown way"))
+        give(None)
+
+
+def _names(objects: Sequence[pb.ObjectRange], *, checked: bool) -> list[str]:
+    """Names of objects, or keys of pages."""
+    return [check_name(item.name) if checked else item.name for item in objects]
+
+
+def _stored(info: ObjectInfo) -> pb.StoredObject:
+    return pb.StoredObject(
+        name=info.name, stored_bytes=info.stored_bytes, modified_seconds=info.modified_seconds
+    )
