@@ -7,10 +7,12 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from random import Random
 
 import pytest
 from real_server import RealServer, free_port
@@ -19,6 +21,7 @@ from server_lmcache import MPServer
 from kvcodec.backend import Backend, open_backend
 from kvcodec.errors import BackendError, BackendFull, BackendTimeout, ConfigError
 from kvcodec.testing import BackendTests
+from kvcodec.testing._backend_samples import is_sealed, sealed
 from kvcodec_backends.lmcache import LMCacheBackend
 from kvcodec_proto.lmcache import ANSWER, ANSWERS, ENTRY, MAGIC, REQUEST, Status, Verb, name_bytes
 
@@ -205,6 +208,45 @@ def test_what_lmcache_clears_is_gone(lmcache: MPServer, backend: Backend):
     assert eventually(lambda: not backend.exists([target], timeout_seconds=5)[0])
     assert get(backend, target) is None
     assert [info for info in backend.list(NAMESPACE) if info.name == target] == []
+
+
+def test_nothing_mixes_and_nothing_leaks_where_memory_is_short(lmcache: MPServer):
+    """Threads write, read and delete few names; what they write is twice what memory holds."""
+    size = MEMORY_BYTES // 16
+    names = [name() for _ in range(32)]
+    stop_at = time.monotonic() + 2.0
+    failures: list[object] = []
+
+    def work(seed: int) -> None:
+        random = Random(seed)
+        own = open_backend(lmcache.url)
+        data = [memoryview(sealed(seed * 10 + n, size - 1000 * n)) for n in range(3)]
+        buffer = memoryview(bytearray(size))
+        while time.monotonic() < stop_at:
+            target, kind = random.choice(names), random.random()
+            if kind < 0.4:
+                failures.extend(filter(None, own.put([target], [random.choice(data)], **limit)))
+            elif kind < 0.9:
+                (found,) = own.get_into([target], [buffer], **limit)
+                if found is not None and not (
+                    isinstance(found, int) and is_sealed(bytes(buffer[:found]))
+                ):
+                    failures.append(found)
+            else:
+                own.delete([target], **limit)
+        own.close()
+
+    limit = {"timeout_seconds": 20}
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    with_all = open_backend(lmcache.url)
+    with_all.delete([info.name for info in with_all.list()], **limit)
+    with_all.close()
+    assert eventually(lambda: lmcache.http("status")["storage_manager"]["l1_usage"][0] == 0)
 
 
 def raw_connection(lmcache: MPServer) -> socket.socket:
