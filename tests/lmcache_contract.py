@@ -116,10 +116,15 @@ def test_the_documented_server_module_is_accepted():
     assert ports == [None, 65500]
 
 
-def test_another_release_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.6.0")
-    with pytest.raises(ConfigError, match=r"0\.6\.0.*lmcache==0\.5\.6"):
-        server_module.ServerModule(object(), {"port": 0})
+@pytest.mark.parametrize("version", ["0.6.0", "0.5.5", "0.5.60", "0.5.7.dev1", "0.5.6rc1"])
+def test_another_release_is_refused_with_the_way_out(version: str):
+    with pytest.raises(ConfigError, match=re.escape(version) + r".*lmcache==0\.5\.6"):
+        server_module._check_release(version)
+
+
+@pytest.mark.parametrize("version", ["0.5.6", "0.5.6+cu130", "0.5.6.post2"])
+def test_builds_and_repairs_of_a_release_are_that_release(version: str):
+    server_module._check_release(version)
 
 
 @pytest.mark.parametrize("salt", ["", "tenant-7"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from kvcodec.layout import DType
 from kvcodec.lmcache import Connector
 from kvcodec.lmcache.chunks import _DTYPES, ChunkKey, ChunkShape
 from kvcodec.lmcache.options import _OWN_OPTIONS, ConnectorOptions
+from kvcodec.lmcache.statistics import connector_counters
 
 LAYERS, TOKENS, HEADS, HEAD_SIZE = 3, 16, 2, 64
 LAYOUT = {
@@ -371,6 +373,18 @@ def test_an_idle_connector_has_no_completions_and_closes_twice(connect: Opened):
     driver.connector.close()
     driver.connector.close()
     assert time.monotonic() - started < 5
+
+
+def test_the_counters_of_a_connector_are_seen_for_as_long_as_it_lives(root: Path):
+    gc.collect()
+    before = len(connector_counters())
+    connector = Connector(url=f"file://{root}", layout=LAYOUT)
+    Driver(connector).set([key(1)], [chunk(1)])
+    assert 1 in [counters.get("backup.stored") for counters in connector_counters()]
+    connector.close()
+    del connector
+    gc.collect()
+    assert len(connector_counters()) == before
 
 
 # Options

@@ -60,7 +60,7 @@ class Connector:
         self._lock = threading.Lock()
         self._last_number = 0
         self._closed = False
-        register_connector(self, self.counters)
+        register_connector(self)
 
     def event_fd(self) -> int:
         """Readable while there are completions."""

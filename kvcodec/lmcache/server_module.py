@@ -108,7 +108,9 @@ def _parse(config: Mapping[str, object]) -> tuple[str, int | None, str]:
 
 
 def _check_release(version: str) -> None:
-    if version not in SUPPORTED_RELEASES:
+    # Builds of a release ("0.5.6+cu130") and repairs of its package ("0.5.6.post1") count as it.
+    release = ".".join(version.partition("+")[0].split(".")[:3])
+    if release not in SUPPORTED_RELEASES:
         raise ConfigError(
             f"LMCache {version} is none that kvcodec's store was tested in "
             f"({', '.join(SUPPORTED_RELEASES)}): pip install 'lmcache=={SUPPORTED_RELEASES[-1]}', "
