@@ -193,7 +193,7 @@ def _split(url: str) -> SplitResult:
     try:
         return urlsplit(url)
     except ValueError as error:
-        raise ConfigError(f"{url!r} is not a URL: {error}") from error
+        raise ConfigError(f"{display_url(url)!r} is not a URL: {error}") from error
 
 
 def display_url(url: str) -> str:
@@ -201,7 +201,7 @@ def display_url(url: str) -> str:
     try:
         parts = urlsplit(url)
     except ValueError:
-        return url
+        return url.partition("://")[0] + "://***"  # no telling where a secret may be
     if "://" not in url:
         return url
     user, at, host = parts.netloc.rpartition("@")

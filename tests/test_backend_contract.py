@@ -110,6 +110,14 @@ def test_options_are_known_and_given_once():
         parse_options("file:///a?fsync=1&fsync=0", ["fsync"])
 
 
+def test_a_url_that_is_refused_keeps_its_secrets():
+    for options in ("max=1", "max_bytes=1&max_bytes=2"):
+        with pytest.raises(ConfigError) as raised:
+            parse_options(f"redis://user:geheim@host?{options}", ["max_bytes"])
+        assert "geheim" not in str(raised.value)
+        assert "redis://user:***@host" in str(raised.value)
+
+
 def test_a_plus_in_an_option_stays_one():
     """Schemes have it, and an option may be the URL of another store."""
     _, options = parse_options("tier+ram://?store=fsspec+s3://bucket/a%26b%2B", ["store"])
@@ -126,6 +134,7 @@ def test_a_plus_in_an_option_stays_one():
         ("file:///a/b?max_bytes=1", "file:///a/b?max_bytes=1"),
         ("redis+unix:///run/redis.sock?db=1", "redis+unix:///run/redis.sock?db=1"),
         ("file:///a#b", "file:///a#b"),
+        ("redis://:geheim@[host", "redis://***"),
         ("/a/path", "/a/path"),
         ("tier+ram://?store=redis://:geheim@host", "tier+ram://?store=redis://:***@host"),
         ("tier+ram://?store=a://b%3Fkey=c", "tier+ram://?store=a://b?key=***"),
