@@ -148,6 +148,26 @@ def test_a_url_that_cannot_be_honoured_is_a_config_error(url: str, reason: str):
         open_backend(url)
 
 
+def test_options_of_sglangs_backend_reach_it_beside_those_in_json():
+    from kvcodec.sglang._hicache_url import HiCacheURL
+
+    options = {
+        "client_server_address": "127.0.0.1:2",
+        "device_name": "mlx5_0",
+        "extra_backend_tag": "blue",
+        "global_segment_size": "4gb",
+        "local_hostname": "host",
+        "master_metrics_port": 9003,
+        "master_server_address": "127.0.0.1:1",
+        "metadata_server": "P2PHANDSHAKE",
+        "protocol": "tcp",
+        "tenant_id": "42",
+    }
+    query = "&".join(f"{name}={value}" for name, value in options.items())
+    parsed = HiCacheURL.parse(f'hicache+mooncake://?{query}&json={{"check_server":true}}')
+    assert parsed.extra_config == {**options, "tenant_id": 42, "check_server": True}
+
+
 def test_the_configuration_may_lie_in_a_file(tmp_path: Path):
     configuration = tmp_path / "extra.json"
     configuration.write_text(json.dumps({"file_storage_path": str(tmp_path / "pages")}))
