@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -314,5 +315,8 @@ SCENARIOS = {
     "server killed": server_killed,
     "3 of 10 answers are errors": three_of_ten_fail,
     "disk full": disk_full,
+    "disk full, segments": partial(
+        disk_full, options="engine=segments&max_bytes=16MiB&segment_bytes=4MiB"
+    ),
     "JuiceFS mount killed": mount_killed,
 }
