@@ -11,6 +11,7 @@ import dataclasses
 import importlib.metadata
 import inspect
 import re
+import select
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import torch
 from lmcache.v1.distributed.api import ObjectKey, PrefetchResult, PrefetchTaskSpec
 from lmcache.v1.distributed.internal_api import L2AdapterListener
 from lmcache.v1.distributed.l2_adapters import native_connector_l2_adapter as native
+from lmcache.v1.distributed.l2_adapters import native_plugin_l2_adapter
 from lmcache.v1.distributed.storage_manager import StorageManager
 from lmcache.v1.multiprocess import ext_server_module
 from lmcache.v1.protocol import ClientCommand, ClientMetaMessage, ServerMetaMessage
@@ -140,6 +142,33 @@ def test_the_connector_has_the_methods_of_a_native_plugin():
     called = set(re.findall(r"client\.(\w+)\(", source))
     assert {"event_fd", "submit_batch_set", "submit_batch_delete"} <= called
     assert called <= set(dir(Connector))
+
+
+def make_adapter(tmp_path: Path, **params: object) -> native.NativeConnectorL2Adapter:
+    layout = {"object_bytes": 64}
+    given = {"url": f"file://{tmp_path}/store", "layout": layout, **params}
+    config = native_plugin_l2_adapter.NativePluginL2AdapterConfig.from_dict(
+        {"module_path": "kvcodec.lmcache", "class_name": "Connector", "adapter_params": given}
+    )
+    return native_plugin_l2_adapter._create_native_plugin_l2_adapter(config)
+
+
+def test_the_native_plugin_makes_an_adapter_of_the_connector(tmp_path: Path):
+    adapter = make_adapter(tmp_path)
+    key = ObjectKey(b"\x01" * 32, "model", 0)
+    try:
+        adapter.submit_lookup_and_lock_task([key], {})
+        assert select.select([adapter.get_lookup_and_lock_event_fd()], [], [], 20)[0]
+        assert adapter.query_lookup_and_lock_result(0).popcount() == 0
+        adapter.delete([key])
+        assert adapter.report_status()["is_healthy"]
+    finally:
+        adapter.close()
+
+
+def test_an_option_that_cannot_be_honoured_ends_the_start(tmp_path: Path):
+    with pytest.raises(ConfigError, match="did you mean preset"):
+        make_adapter(tmp_path, presett="kv4")
 
 
 def test_the_older_servers_request_is_read_as_it_was_meant():

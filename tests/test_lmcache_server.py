@@ -69,8 +69,9 @@ class Setup:
             "adapter_params": {"url": f"file://{self.root}", "layout": LAYOUT} | params,
         }
         self.server = MPServer("--l2-adapter", json.dumps(adapter))
-        self.server.server.__enter__()
+        # Both take seconds to start; the engine waits for the server.
         self.engine = Engine(self.server)
+        self.server.server.__enter__()
 
     def stop(self) -> None:
         if self.engine is not None:
@@ -116,7 +117,7 @@ def setup(tmp_path: Path) -> Iterator[Setup]:
 
 
 def test_chunks_go_through_lmcache_verified_and_quantized(setup: Setup):
-    """One test with three servers, because each takes seconds to start."""
+    """One test with two servers, because each takes seconds to start."""
     setup.start(preset="kv4")
     setup.store(1)
     assert len(setup.pages()) == CHUNKS
@@ -141,22 +142,12 @@ def test_chunks_go_through_lmcache_verified_and_quantized(setup: Setup):
     setup.store(1)
     assert setup.retrieve(1)["worst_steps"] == found["worst_steps"]
 
-    # A server with another preset reads what is there; what it writes itself is exact.
-    setup.start(preset="raw")
-    assert setup.retrieve(1)["worst_steps"] == found["worst_steps"]
-    setup.store(3)
-    assert setup.retrieve(3) == {
+    # Chunks of another type, of as many bytes, are others; raw ones are exact.
+    setup.start(preset="raw", layout=LAYOUT | {"dtype": "float16"})
+    assert setup.retrieve(1)["hits"] == 0
+    setup.store(1)
+    assert setup.retrieve(1) == {
         "hits": CHUNKS,
         "errors": [0.0] * CHUNKS,
         "worst_steps": [0.0] * CHUNKS,
     }
-
-    # Chunks of another type, of as many bytes, are others.
-    setup.start(preset="raw", layout=LAYOUT | {"dtype": "float16"})
-    assert setup.retrieve(3)["hits"] == 0
-    assert "prefetch.hit" not in setup.counters()
-
-
-def test_an_option_that_cannot_be_honoured_ends_lmcaches_start(setup: Setup):
-    with pytest.raises(RuntimeError, match="did you mean preset"):
-        setup.start(presett="kv4")
