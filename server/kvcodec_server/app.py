@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 #: The full name of the service, as health checks and reflection know it.
 SERVICE = "kvcodec.v1.PageService"
 
+_ANSWER_SECONDS = 1.0
 _CLOSE_SECONDS = 2.0
 _SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
@@ -138,7 +139,8 @@ class Sidecar:
         ended = self._pages.drain(seconds)
         if not ended:
             logger.warning("calls under way are cut off after %g s", seconds)
-        self._grpc.stop(None).wait(_CLOSE_SECONDS)
+        # A call that has ended may still have its answer on the way.
+        self._grpc.stop(_ANSWER_SECONDS if ended else None).wait(_CLOSE_SECONDS)
         self._probe.close()
         # A store that hangs must not hang the end of the process.
         closing = threading.Thread(target=self._close_store, name="kvcodec-close", daemon=True)
