@@ -23,17 +23,17 @@ SGLANG := $(VENV)/stamp-sglang
 STORES := $(VENV)/stamp-stores
 
 .PHONY: help setup sglang stores demo test check lint types pytest native-test neon-test fuzz-long \
-  bench bench-controller quality dist clean distclean
+  bench bench-controller bench-store bench-network fault-runs quality dist clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED)  ## make .venv, build libkvcodec, install kvcodec and the development tools
 
 sglang: $(SGLANG)  ## setup, and SGLang for a machine without a GPU
 
-stores: $(STORES)  ## setup, and the servers and file systems that the tests store pages in
+stores: $(STORES)  ## sglang, and the servers and file systems that the tests store pages in
 
 demo: $(SGLANG)  ## SGLang on this CPU backs pages up through kvcodec and prefetches them again
 	$(BIN)/python tools/demo.py
@@ -81,6 +81,22 @@ bench-controller: $(SGLANG)  ## tokens per second through SGLang's controller, b
 	$(BIN)/python -W ignore tools/bench_controller.py --directory build \
 	  --json docs/measurements/controller.json
 
+bench-store: $(INSTALLED)  ## file:// against the disk's own rate: ten minutes, quiet disk
+	mkdir -p docs/measurements build
+	$(PIP_INSTALL) --no-warn-conflicts matplotlib
+	$(BIN)/python tools/bench_store.py build \
+	  --json docs/measurements/local-store.json --picture docs/images/local-store.svg
+
+bench-network: $(STORES)  ## tokens per second from a store behind 1 and 8 Gbit/s: five minutes, root
+	mkdir -p docs/measurements
+	$(PIP_INSTALL) --no-warn-conflicts matplotlib
+	$(BIN)/python -W ignore tools/bench_network.py --json docs/measurements/network.json \
+	  --plot docs/images/network.svg
+
+fault-runs: $(STORES)  ## break real stores in the middle of hundreds of batches: ten minutes, root
+	mkdir -p docs/measurements
+	$(BIN)/python tools/fault_runs.py --json docs/measurements/faults.json
+
 quality: $(INSTALLED)  ## error against size of every preset, on synthetic KV
 	mkdir -p docs/measurements
 	$(PIP_INSTALL) --no-warn-conflicts matplotlib
@@ -121,6 +137,6 @@ $(SGLANG): $(SGLANG_ENV) | $(INSTALLED)
 	tools/install_sglang.sh $(BIN)/python
 	touch $@
 
-$(STORES): tools/install_stores.sh $(wildcard tools/stores/*.sh) | $(INSTALLED)
+$(STORES): tools/install_stores.sh $(wildcard tools/stores/*.sh) | $(SGLANG)
 	tools/install_stores.sh $(BIN)/python
 	touch $@
