@@ -225,7 +225,7 @@ def test_the_header_has_the_bytes_of_its_description():
     for place in range(128):
         damaged = bytearray(packed)
         damaged[place] ^= 1
-        assert Record.unpack(damaged) is None
+        assert Record.unpack(bytes(damaged)) is None
     assert Record.unpack(packed[:127]) is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 import time
@@ -188,6 +189,42 @@ def test_what_was_written_to_last_is_not_the_oldest(root: Path):
         fill(backend, 30, 9)
         assert backend.counters()["evicted_objects"] > 0
         assert get_all(backend, [1, 2]) == {1: b"early", 2: b"late"}
+
+
+def inodes(root: Path) -> set[int]:
+    return {path.stat().st_ino for path in segment_paths(root)}
+
+
+def test_the_space_of_the_oldest_segment_is_used_again(root: Path):
+    """And nothing of what was in it shows, with an index or without."""
+    options = "segment_bytes=64KiB&max_bytes=400KiB"
+    with closing(open_store(root, options)) as backend:
+        put_all(backend, {number: content(number, 20_000) for number in range(15)})
+        before = inodes(root)
+        put_all(backend, {100: content(100, 20_000)})
+        assert inodes(root) == before
+        assert list(get_all(backend, [*range(15), 100])) == [*range(3, 15), 100]
+        assert backend.counters()["evicted_objects"] == 3
+        assert backend.counters()["damaged_objects"] == 0
+    for index in (root / "segments").glob("*.index"):
+        index.unlink()
+    with closing(open_store(root, options)) as backend:
+        assert list(get_all(backend, [*range(15), 100])) == [*range(3, 15), 100]
+
+
+def test_a_segment_is_not_used_again_while_somebody_marks_what_is_dead_in_it(root: Path):
+    """What arrives late must not hit a record of its heir."""
+    options = "segment_bytes=64KiB&max_bytes=400KiB"
+    with closing(open_store(root, options)) as backend:
+        put_all(backend, {number: content(number, 20_000) for number in range(15)})
+        oldest = segment_paths(root)[0]
+        inode = oldest.stat().st_ino
+        with open(oldest, "r+b") as late, open(oldest.with_suffix(".index"), "rb") as index:
+            fcntl.flock(index, fcntl.LOCK_SH)
+            put_all(backend, {100: content(100, 20_000)})
+            assert inode not in inodes(root)
+            late.write(bytes(65536))
+        assert get_all(backend, [0, 100]) == {100: content(100, 20_000)}
 
 
 def test_an_empty_segment_is_given_back_at_once(root: Path):

@@ -8,6 +8,7 @@ same number of threads, as the I/O threads of a pipeline do: writes from memory 
 then reads of all of it with nothing in the page cache. ``disk`` is a preallocated file, written and
 read with O_DIRECT in blocks of one page; ``disk batch`` the same in blocks of one batch. ``segments
 odd`` has the pages where a pipeline without aligned rows has them: beside the borders of 4 KiB.
+``segments full`` begins with a full store, so that each segment takes the place of an older one.
 ``files`` writes into the page cache, so its write rate is that of memory for as long as that holds.
 """
 
@@ -33,7 +34,10 @@ from rich.table import Table
 from kvcodec.backend import Backend, open_backend
 
 KIB, MIB = 1 << 10, 1 << 20
-CASES = ("disk", "disk batch", "segments", "segments odd", "segments fsync", "files")
+CASES = (
+    *("disk", "disk batch", "segments", "segments odd", "segments fsync", "segments full"),
+    "files",
+)
 PAGES = {MIB: 4, 64 * KIB: 32}  # page bytes: pages of a batch
 ODD_BYTES = 192
 
@@ -150,6 +154,14 @@ def measure_backend(
     return written, spread(work, get)
 
 
+def fill(backend: Backend, memory: Memory) -> None:
+    """Write as much as there is room for: what comes now takes the place of what is old."""
+    work = memory.work
+    pages = memory.pages(0, odd=False)
+    for number in range(work.batch_count, work.batch_count * 9 // 4):
+        backend.put(names_of(work, number), pages, timeout_seconds=60)
+
+
 def drop_cache(directory: Path) -> None:
     """Write everything back, and forget it."""
     for path in directory.rglob("*"):
@@ -167,11 +179,15 @@ def measure(case: str, root: Path, memory: Memory) -> tuple[float, float]:
         if case.startswith("disk"):
             pages = memory.work.batch_pages if case == "disk batch" else 1
             return measure_disk(directory, memory, pages)
-        options = "?engine=segments" if case.startswith("segments") else "?engine=files"
-        backend = open_backend(
-            f"file://{directory}{options}{'&fsync=1' if case.endswith('fsync') else ''}"
-        )
+        url = f"file://{directory}?engine={case.partition(' ')[0]}"
+        if case.endswith("fsync"):
+            url += "&fsync=1"
+        if case.endswith("full"):
+            url += f"&max_bytes={memory.work.total_bytes * 5 // 4}&segment_bytes=32MiB"
+        backend = open_backend(url)
         try:
+            if case.endswith("full"):
+                fill(backend, memory)
             return measure_backend(backend, directory, memory, odd=case.endswith("odd"))
         finally:
             backend.close()

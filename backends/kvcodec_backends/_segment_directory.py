@@ -5,7 +5,9 @@
     <root>/segments/            mode 0700
         lock                    flock while segments are made or dropped; holds the stamp
         <number>.segment        preallocated; flock by the process that appends to it
-        <number>.index          headers of its records, appended by whoever changes one
+        <number>.index          headers of its records, appended by whoever changes one; flock,
+                                shared by those who mark records dead, by who reuses the segment
+        <number>.new            a segment being made
 
 The stamp is eight random bytes, changed with every segment that comes or goes and with every
 record that dies: a process that finds it unchanged has nothing to look for but new records in
@@ -27,9 +29,17 @@ from kvcodec.errors import BackendTimeout
 from kvcodec_backends._arguments import Deadline
 from kvcodec_backends._file_io import make_directory, remove_file
 
-__all__ = ["SegmentDirectory", "append_to", "lock_segment", "unlock"]
+__all__ = [
+    "SegmentDirectory",
+    "append_to",
+    "is_locked",
+    "lock_segment",
+    "open_index",
+    "try_lock",
+    "unlock",
+]
 
-_FILE = re.compile(r"([0-9a-f]{16})\.(segment|index)")
+_FILE = re.compile(r"([0-9a-f]{16})\.(segment|index|new)")
 _POLL_SECONDS = 0.005
 _STAMP_BYTES = 8
 _NO_WAY_ERRNOS = frozenset({errno.ENOENT, errno.ENOTDIR})
@@ -82,7 +92,7 @@ class SegmentDirectory:
         fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             while True:
-                if _try_lock(fd):
+                if try_lock(fd):
                     break
                 if deadline.passed():
                     raise BackendTimeout(f"{self._lock_path} stays locked by another process")
@@ -101,11 +111,11 @@ class SegmentDirectory:
         """What all files take on the disk."""
         return sum(max(status.st_blocks * 512, status.st_size) for _, status in self._files())
 
-    def remove_stray_indexes(self) -> None:
-        """Remove indexes whose segment is gone; the lock is held."""
+    def remove_strays(self) -> None:
+        """Remove indexes whose segment is gone, and segments never finished; the lock is held."""
         numbers = self.numbers()
         for match, _ in self._files():
-            if match[2] == "index" and int(match[1], 16) not in numbers:
+            if match[2] != "segment" and int(match[1], 16) not in numbers:
                 remove_file(f"{self.path}/{match[0]}")
 
     def _files(self) -> Iterator[tuple[re.Match[str], os.stat_result]]:
@@ -130,27 +140,39 @@ class SegmentDirectory:
 
 def lock_segment(fd: int) -> bool:
     """Whether a segment is now ours alone: nobody appends to it, and it is still there."""
-    return _try_lock(fd) and os.fstat(fd).st_nlink > 0
+    return try_lock(fd) and os.fstat(fd).st_nlink > 0
 
 
-def unlock(fd: int) -> None:
-    """Give a lock back and close its descriptor. A child that was forked meanwhile has it too, and
-    would keep the lock.
-    """
-    _locked_fds.discard(fd)
+def is_locked(fd: int) -> bool:
+    """Whether somebody appends to a segment."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_UN)
-    finally:
-        os.close(fd)
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    return False
 
 
-def _try_lock(fd: int) -> bool:
+def try_lock(fd: int, *, shared: bool = False) -> bool:
+    """Lock a file for as long as `unlock` is not called; False where others do not let us."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     _locked_fds.add(fd)
     return True
+
+
+def unlock(fd: int) -> None:
+    """Give a lock back and close its descriptor. A child that was forked meanwhile has it too, and
+    would keep the lock. Nothing that fails here matters any more.
+    """
+    _locked_fds.discard(fd)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)
+    except OSError:
+        pass
 
 
 # So that a forked child can let go of its parent's locks, which else outlive the parent.
@@ -166,13 +188,18 @@ def _close_in_child() -> None:
 os.register_at_fork(after_in_child=_close_in_child)
 
 
+def open_index(path: str) -> int:
+    """A descriptor to append to an index, which is made if need be."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(path, flags, 0o600)
+
+
 def append_to(path: str, data: bytes, count: Callable[[str, int], None]) -> None:
     """Append to an index. What fails is only counted: whoever opens the store next looks for the
     records themselves where the index has a gap.
     """
     try:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(path, flags, 0o600)
+        fd = open_index(path)
         try:
             complete = os.write(fd, data) == len(data)
         finally:

@@ -15,11 +15,11 @@ from xxhash import xxh3_64_intdigest
 
 from kvcodec_backends._segment_records import (
     BLOCK_BYTES,
-    DEAD,
     HEADER_BYTES,
     LIVE,
     Record,
     body_bytes,
+    has_magic,
 )
 
 __all__ = ["Bytes", "SegmentIO", "as_bytes"]
@@ -114,7 +114,7 @@ class SegmentIO:
             mover.flush()
         records = []
         for first, target in zip(firsts, targets, strict=True):
-            record = Record.unpack(first[:HEADER_BYTES].data)
+            record = Record.unpack(first.data)
             if record is not None and record.state == LIVE and record.stored_bytes == len(target):
                 body = body_bytes(len(target))
                 target[body:] = first[HEADER_BYTES : HEADER_BYTES + len(target) - body]
@@ -123,11 +123,12 @@ class SegmentIO:
             records.append(record)
         return records
 
-    def kill(self, path: str, record: Record) -> None:
-        """Mark a record as dead where it lies. Raises OSError."""
-        dead = record._replace(state=DEAD, checksum=0)
+    def write_header(self, path: str, record: Record) -> None:
+        """Put another header over that of a record, and zeros over what is in its first block.
+        Raises OSError.
+        """
         first = np.zeros(BLOCK_BYTES, np.uint8)
-        first[:HEADER_BYTES] = np.frombuffer(dead.pack(), np.uint8)
+        first[:HEADER_BYTES] = np.frombuffer(record.pack(), np.uint8)
         with self.open(path, os.O_WRONLY) as fd, self._scratch() as scratch:
             mover = _Mover(fd, record.offset, scratch)
             mover.add(first)
@@ -142,23 +143,25 @@ class SegmentIO:
         with self._scratch() as scratch:
             while (position := _next_data(fd, position)) < end:
                 chunk = scratch[: min(_SCAN_BYTES, end - position)]
-                chunk = chunk[: max(0, os.preadv(fd, [chunk.data], position))]
-                if not len(chunk):
+                count = os.preadv(fd, [chunk.data], position) // BLOCK_BYTES
+                if count == 0:
                     break
-                limit = position + len(chunk)
-                while position < limit:
-                    at = len(chunk) - (limit - position)
-                    record = Record.unpack(chunk[at : at + HEADER_BYTES].data)
+                limit = position + count * BLOCK_BYTES
+                for at in np.flatnonzero(has_magic(chunk[: count * BLOCK_BYTES])).tolist():
+                    place = limit - (count - at) * BLOCK_BYTES
+                    if place < position:
+                        # Inside the object just found.
+                        continue
+                    record = Record.unpack(chunk.data, at * BLOCK_BYTES)
                     if (
-                        record is None
-                        or (record.segment, record.offset) != (number, position)
-                        or record.end > end
-                        or (record.state == LIVE and not self._is_whole(fd, record))
+                        record is not None
+                        and (record.segment, record.offset) == (number, place)
+                        and record.end <= end
+                        and (record.state != LIVE or self._is_whole(fd, record))
                     ):
-                        position += BLOCK_BYTES
-                    else:
                         found.append(record)
                         position = record.end
+                position = max(position, limit)
         return found
 
     def _is_whole(self, fd: int, record: Record) -> bool:

@@ -96,7 +96,6 @@ def _read_run(
     try:
         with store.io.open(first.segment.path, os.O_RDONLY) as fd:
             records = store.io.read(fd, first.offset, [target for _, _, target in run])
-            is_cut = os.fstat(fd).st_nlink == 0
     except FileNotFoundError:
         return [(place, location, None) for place, location, _ in run]
     except OSError as error:
@@ -108,7 +107,8 @@ def _read_run(
     answers: list[tuple[int, Location, GetResult]] = []
     for (place, location, _), record in zip(run, records, strict=True):
         is_whole = location.is_at(record, raw_name(pairs[place][0]))
-        if not is_whole and not is_cut and not (record and record.state == DEAD):
+        is_dead = record is not None and record.state == DEAD
+        if not (is_whole or is_dead) and os.path.exists(location.segment.path):
             store.count("damaged_objects", 1)
         answers.append((place, location, location.stored_bytes if is_whole else None))
     return answers

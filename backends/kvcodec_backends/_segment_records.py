@@ -28,6 +28,8 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "Record",
     "SEALED",
     "body_bytes",
+    "has_magic",
     "iter_index",
     "raw_name",
     "record_bytes",
@@ -49,8 +52,9 @@ HEADER_BYTES = 128
 LIVE, DEAD, SEALED = 1, 2, 3
 
 _MAGIC = b"kvcseg1\n"
-_FIELDS = struct.Struct("<8sB7x48sQQQQQ16x")
-_CHECKSUM = struct.Struct("<Q")
+_HEADER = struct.Struct("<8sB7x48sQQQQQ16xQ")
+_CHECKSUM_BYTES = 8
+_CHECKED_BYTES = HEADER_BYTES - _CHECKSUM_BYTES
 _INLINE_BYTES = BLOCK_BYTES - HEADER_BYTES
 #: So many bytes without an entry, and an index is of no more use.
 _MAX_GARBAGE_BYTES = 1 << 16
@@ -74,17 +78,18 @@ class Record(NamedTuple):
 
     def pack(self) -> bytes:
         """The header's bytes."""
-        fields = _FIELDS.pack(_MAGIC, *self)
-        return fields + _CHECKSUM.pack(xxh3_64_intdigest(fields))
+        fields = _HEADER.pack(_MAGIC, *self, 0)[:_CHECKED_BYTES]
+        return fields + xxh3_64_intdigest(fields).to_bytes(_CHECKSUM_BYTES, "little")
 
     @classmethod
-    def unpack(cls, data: bytes | memoryview) -> Record | None:
-        """The header at the start of `data`, None if there is none or a damaged one."""
-        if data[:8] != _MAGIC or len(data) < HEADER_BYTES:
+    def unpack(cls, data: bytes | memoryview, place: int = 0) -> Record | None:
+        """The header at a place of `data`, None if there is none or a damaged one."""
+        if place + HEADER_BYTES > len(data):
             return None
-        if _CHECKSUM.unpack_from(data, _FIELDS.size)[0] != xxh3_64_intdigest(data[: _FIELDS.size]):
+        magic, *fields, checksum = _HEADER.unpack_from(data, place)
+        if magic != _MAGIC or xxh3_64_intdigest(data[place : place + _CHECKED_BYTES]) != checksum:
             return None
-        return cls._make(_FIELDS.unpack_from(data)[1:])
+        return cls._make(fields)
 
 
 def body_bytes(stored_bytes: int) -> int:
@@ -98,15 +103,22 @@ def record_bytes(stored_bytes: int) -> int:
     return BLOCK_BYTES + -(-body_bytes(stored_bytes) // BLOCK_BYTES) * BLOCK_BYTES
 
 
+def has_magic(blocks: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """Which blocks may begin with a header: almost none inside objects."""
+    starts = blocks.reshape(-1, BLOCK_BYTES)[:, : len(_MAGIC)]
+    found: npt.NDArray[np.bool_] = (starts == np.frombuffer(_MAGIC, np.uint8)).all(axis=1)
+    return found
+
+
 def iter_index(data: bytes) -> Iterator[tuple[Record, int]]:
     """The entries of an index, each with the place of its end; what is damaged is passed over.
 
     Stops before an entry that is not complete yet. Its writer may have been cut short, too: then
     the next one begins anywhere.
     """
-    view, position, garbage_bytes = memoryview(data), 0, 0
+    position = garbage_bytes = 0
     while position + HEADER_BYTES <= len(data) and garbage_bytes <= _MAX_GARBAGE_BYTES:
-        record = Record.unpack(view[position : position + HEADER_BYTES])
+        record = Record.unpack(data, position)
         if record is None:
             following = data.find(_MAGIC, position + 1)
             if following < 0:

@@ -15,7 +15,8 @@ from kvcodec_backends._file_io import as_backend_error
 from kvcodec_backends._segment_directory import append_to
 from kvcodec_backends._segment_io import Bytes, as_bytes
 from kvcodec_backends._segment_records import LIVE, Record, raw_name, record_bytes
-from kvcodec_backends._segment_store import OpenSegment, SegmentStore
+from kvcodec_backends._segment_space import OpenSegment, SegmentSpace
+from kvcodec_backends._segment_store import SegmentStore
 
 __all__ = ["SegmentWriter"]
 
@@ -29,8 +30,9 @@ class SegmentWriter:
     into the index, and into memory.
     """
 
-    def __init__(self, store: SegmentStore) -> None:
+    def __init__(self, store: SegmentStore, space: SegmentSpace) -> None:
         self._store = store
+        self._space = space
         self._lock = threading.Lock()
         self._opened: OpenSegment | None = None
         self._may_adopt = True
@@ -121,7 +123,7 @@ class SegmentWriter:
             wanted = record_bytes(sizes[0])
             if opened is None or opened.end + wanted > opened.file_bytes:
                 self._retire(seal=True)
-                opened = self._store.open_segment(wanted, deadline, adopt=self._may_adopt)
+                opened = self._space.open_segment(wanted, deadline, adopt=self._may_adopt)
                 self._opened, self._may_adopt = opened, False
             start, count = opened.end, 0
             for size in sizes:
@@ -144,11 +146,11 @@ class SegmentWriter:
         with self._lock:
             opened.pending_count -= 1
             if opened.is_retired and not opened.pending_count:
-                self._store.close_segment(opened, seal=not self._closed)
+                self._space.close_segment(opened, seal=not self._closed)
 
     def _retire(self, *, seal: bool) -> None:
         opened, self._opened = self._opened, None
         if opened is not None:
             opened.is_retired = True
             if not opened.pending_count:
-                self._store.close_segment(opened, seal=seal)
+                self._space.close_segment(opened, seal=seal)

@@ -53,6 +53,7 @@ from kvcodec_backends._file_io import as_backend_error, checked_root, make_priva
 from kvcodec_backends._file_publish import file_system_type, is_on_shared_mount
 from kvcodec_backends._segment_reader import read_objects
 from kvcodec_backends._segment_records import BLOCK_BYTES, raw_name, text_name
+from kvcodec_backends._segment_space import SegmentSpace
 from kvcodec_backends._segment_store import SegmentOptions, SegmentStore
 from kvcodec_backends._segment_writer import SegmentWriter
 
@@ -98,7 +99,8 @@ class _Shared:
 
     def __init__(self, root: str, options: SegmentOptions) -> None:
         self.store = SegmentStore(root, options)
-        self.writer = SegmentWriter(self.store)
+        self.space = SegmentSpace(self.store)
+        self.writer = SegmentWriter(self.store, self.space)
         self.user_count = 0
 
 
@@ -274,7 +276,8 @@ class SegmentBackend(Backend):
         deadline = Deadline(timeout_seconds)
         if self._closed or deadline.passed():
             return [False] * len(checked)
-        store = self._joined().store
+        shared = self._joined()
+        store = shared.store
         results = [False] * len(checked)
         try:
             store.refresh()
@@ -283,7 +286,7 @@ class SegmentBackend(Backend):
                     break
                 part = checked[start : start + _DELETE_BATCH]
                 results[start : start + len(part)] = _delete(store, part)
-            store.drop_empty()
+            shared.space.drop_empty()
         except OSError:
             # What is gone is gone, the rest is a no.
             pass
