@@ -209,7 +209,7 @@ def test_a_call_that_hangs_is_given_up_and_writes_nowhere(plugin: Any):
         )
         assert [type(answer) for answer in answers] == [BackendTimeout] * 8
         assert backend.exists(NAMES[:2], timeout_seconds=0.3) == [False, False]
-        assert 0.5 < time.monotonic() - started < 0.8
+        assert 0.5 < time.monotonic() - started < 1.5
         # Two threads hang now, and there are no more.
         (answer,) = put(backend, NAMES[0], seconds=0.1)
         assert isinstance(answer, BackendTimeout)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from real_server import free_port
 from server_redis import RedisServer, certificates
+from sglang_harness import HAS_SGLANG
+from sglang_round_trip import PAGES, round_trip
 
 from kvcodec.backend import Backend, open_backend
 from kvcodec.errors import BackendError, BackendTimeout, ConfigError
@@ -66,7 +68,10 @@ class TestConformance(RedisConformance):
 
 
 class TestConformanceOnASocket(RedisConformance):
-    model_examples = 3
+    model_examples = 2
+
+    def stalled(self) -> None:
+        """It is the same server."""
 
     def open_backend(self) -> Backend:
         return RedisBackend.from_url(self.server.unix_url)
@@ -153,9 +158,10 @@ def test_no_more_connections_than_allowed(server: RedisServer):
     with opened(f"{server.url}?max_connections=1") as backend:
         put(backend, NAMES[0])
         with server.stalled():
-            waits = threading.Thread(target=lambda: backend.exists(NAMES[:1], timeout_seconds=1.0))
+            waits = threading.Thread(target=lambda: backend.exists(NAMES[:1], timeout_seconds=2.0))
             waits.start()
-            time.sleep(0.1)
+            while backend._channels._idle:  # until the other thread has the connection
+                time.sleep(0.01)
             (answer,) = backend.put(NAMES[:1], [memoryview(b"data")], timeout_seconds=0.3)
             waits.join()
         assert isinstance(answer, BackendTimeout)
@@ -231,3 +237,20 @@ def test_a_client_without_a_certificate_is_refused_by_the_server(tls: RedisServe
         (answer,) = backend.put(NAMES[:1], [memoryview(b"data")], timeout_seconds=5)
     assert isinstance(answer, BackendError)
     assert "certificate required" in str(answer).lower().replace("_", " ")
+
+
+# --- Pages
+
+
+@pytest.mark.skipif(not HAS_SGLANG, reason="SGLang is not installed; make sglang")
+@pytest.mark.parametrize("preset", ["raw", "kv4"])
+def test_pages_pass_through_sglangs_controller(server: RedisServer, tmp_path: Path, preset: str):
+    """Device, host, Redis, host, device: bit for bit, or in a quarter of the bytes."""
+    options = {"url": f"{server.url}/5?prefix={preset}:", "preset": preset}
+    _, original, rows, counters = round_trip(tmp_path, options, kind="mha", layout="page_first")
+    assert rows.equals(original) == (preset == "raw")
+    assert counters["prefetch.hit"] == PAGES
+    with opened(options["url"]) as backend:
+        stored_bytes = sum(info.stored_bytes for info in backend.list())
+    raw_bytes = sum(each.nbytes for each in original.rows.values())
+    assert stored_bytes < (1.5 if preset == "raw" else 0.5) * raw_bytes

@@ -179,7 +179,7 @@ def test_a_trickling_server_costs_a_call_its_deadline(server: RedisServer, backe
         with closing(slow):
             started = time.monotonic()
             answers = get(slow, *NAMES, size=60_000, seconds=1.0)
-            assert 0.9 < time.monotonic() - started < 1.5
+            assert 0.9 < time.monotonic() - started < 2
             assert [type(answer) for answer in answers] == [BackendTimeout] * 6
             # The replies still on the way belong to nobody: no later call may take them.
             assert get(slow, f"{9:032x}/{1:064x}", seconds=5) == [None]
@@ -192,30 +192,46 @@ def test_a_connection_that_takes_no_data_costs_a_call_its_deadline():
         url = f"redis://127.0.0.1:{deaf.getsockname()[1]}"
         started = time.monotonic()
         with closing(RedisBackend.from_url(url)) as backend:
-            assert time.monotonic() - started < 3
+            assert time.monotonic() - started < 5
             started = time.monotonic()
             (answer,) = put(backend, NAMES[0], data=bytes(50_000_000), seconds=0.5)
             assert isinstance(answer, BackendTimeout)
-            assert time.monotonic() - started < 1
+            assert time.monotonic() - started < 2
 
 
-def test_a_peer_that_speaks_no_redis_is_an_answer():
-    def greet(listener: socket.socket) -> None:
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b"HTTP/1.1 400 Bad Request", "not Redis's protocol"),
+        (b"-LOADING Redis is loading the dataset in memory", "LOADING"),
+        (b"-MOVED 3999 127.0.0.1:6381", "part of a cluster"),
+        (b"-MISCONF Redis is configured to save RDB snapshots", "MISCONF"),
+        (b"x" * 100_000, "is it a Redis server"),
+    ],
+)
+def test_whatever_a_peer_says_is_an_answer(line: bytes, said: str):
+    def say(listener: socket.socket) -> None:
         while True:
             try:
                 peer, _ = listener.accept()
+                with peer:
+                    while commands := peer.recv(10_000):
+                        peer.sendall((line + b"\r\n") * commands.count(b"*"))
             except OSError:
-                return
-            with peer:
-                peer.recv(1000)
-                peer.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                if listener.fileno() < 0:
+                    return
 
-    with socket.create_server(("127.0.0.1", 0)) as web:
-        threading.Thread(target=greet, args=(web,), daemon=True).start()
-        with closing(RedisBackend.from_url(f"redis://127.0.0.1:{web.getsockname()[1]}")) as backend:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=say, args=(listener,), daemon=True).start()
+        url = f"redis://127.0.0.1:{listener.getsockname()[1]}"
+        with closing(RedisBackend.from_url(url)) as backend:
             (answer,) = put(backend, NAMES[0])
             assert isinstance(answer, BackendError)
-            web.shutdown(socket.SHUT_RDWR)
+            assert said in str(answer)
+            assert isinstance(answer, BackendReadOnly) == (said == "MISCONF")
+            assert isinstance(get(backend, NAMES[0])[0], BackendError)
+            assert backend.exists(NAMES, timeout_seconds=2) == [False] * 6
+        listener.shutdown(socket.SHUT_RDWR)
 
 
 def test_results_before_a_lost_connection_stay(server: RedisServer, backend: RedisBackend):

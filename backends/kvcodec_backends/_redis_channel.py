@@ -31,6 +31,7 @@ _MAX_LINE_BYTES = 64 << 10
 _JOINED_BYTES = 16 << 10
 
 _READ_ONLY_CODES = frozenset({"READONLY", "MISCONF", "NOREPLICAS"})
+_CLUSTER_CODES = frozenset({"MOVED", "ASK", "CROSSSLOT"})
 
 
 class ServerError(ResponseError):
@@ -52,6 +53,8 @@ def as_backend_error(error: Exception, verb: str, name: str) -> BackendError:
     code = error.code if isinstance(error, ServerError) else ""
     if code == "OOM":
         return BackendFull(text)
+    if code in _CLUSTER_CODES:
+        return BackendError(f"{text}; redis:// serves one server, this one is part of a cluster")
     return BackendReadOnly(text) if code in _READ_ONLY_CODES else BackendError(text)
 
 

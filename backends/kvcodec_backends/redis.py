@@ -38,7 +38,6 @@ _LIST_STEP_KEYS = 1000
 # the replies in its memory.
 _PART_BYTES = 64 << 20
 _LOGIN_CODES = frozenset({"WRONGPASS", "NOAUTH", "NOPERM"})
-_CLUSTER_CODES = frozenset({"MOVED", "ASK", "CROSSSLOT"})
 
 
 class RedisBackend(Backend):
