@@ -199,6 +199,16 @@ class Sidecar:
         metrics.gauge(
             "kvcodec_ready", "Whether clients are welcome.", lambda: float(self.health.is_ready)
         )
+        metrics.gauge(
+            "kvcodec_staging_limit_bytes",
+            "What kvcodec_staging_bytes may become.",
+            lambda: float(settings.limits.staging_bytes),
+        )
+        metrics.gauge(
+            "kvcodec_sessions_limit",
+            "What kvcodec_sessions may become.",
+            lambda: float(self.configuration.settings.limits.max_sessions),
+        )
         if settings.health.probe_seconds:
             metrics.gauge(
                 "kvcodec_store_up",

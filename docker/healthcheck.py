@@ -1,0 +1,21 @@
+"""Exit code 0 if the sidecar of this container says that it is alive.
+
+Asks /healthz with the standard library alone, in a tenth of the time that `kvcodec health` takes to
+import gRPC. Not /readyz: an unready sidecar drains, and to restart it would cut its calls off.
+"""
+
+import os
+import socket
+import sys
+
+__all__: list[str] = []
+
+host, _, port = os.environ["KVCODEC__HTTP__ADDRESS"].rpartition(":")
+host = {"0.0.0.0": "127.0.0.1", "[::]": "::1"}.get(host, host.strip("[]"))
+try:
+    with socket.create_connection((host, int(port)), timeout=2) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        status = connection.recv(64)
+except OSError as error:
+    sys.exit(f"{host}:{port}: {error}")
+sys.exit(0 if b" 200 " in status else f"{host}:{port}: {status!r}")
