@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -399,6 +400,17 @@ def test_what_is_counted_is_what_it_takes():
     assert blocks < used <= memory.used_bytes
 
 
+def test_a_page_that_is_read_survives_many_that_are_not(fake_store):
+    backend, store = fake_store(bytes="50kB")
+    put(backend, 1)
+    get(backend, 1)
+    for number in range(100, 200):
+        put(backend, number)
+    store.calls.clear()
+    assert get(backend, 1) == [data(1)]
+    assert store.calls == []
+
+
 def test_an_object_beyond_the_memory_goes_to_the_store(fake_store):
     for mode in ("write_through", "write_back"):
         backend, store = fake_store(bytes="4kB", mode=mode)
@@ -537,6 +549,43 @@ def test_a_page_is_read_whole_while_it_is_evicted(fake_store):
         thread.join()
     assert failures == []
     assert backend.used_bytes <= 2 << 20
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mode": "write_back"}, {"bytes": "12kB"}, {"bytes": "12kB", "mode": "write_back"}],
+    ids=["through", "back", "through, small", "back, small"],
+)
+def test_memory_and_store_agree_after_any_traffic(fake_store, options):
+    """Threads put, read and delete the same names while the store takes its time."""
+    backend, store = fake_store(**options)
+    store.hook = lambda operation, names: time.sleep(random.random() * 0.002)
+    stop_at = time.monotonic() + 1.0
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        while time.monotonic() < stop_at:
+            numbers = [rng.randrange(6) for _ in range(rng.randrange(1, 4))]
+            kind = rng.random()
+            if kind < 0.4:
+                views = [memoryview(os.urandom(rng.choice([500, 2000]))) for _ in numbers]
+                backend.put(list(map(name, numbers)), views, timeout_seconds=5)
+            elif kind < 0.8:
+                get(backend, *numbers, size=2000)
+            else:
+                backend.delete(list(map(name, numbers)), timeout_seconds=5)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    wait_until(lambda: not backend.dirty_bytes)
+    assert get(backend, *range(6), size=2000) == get(store, *range(6), size=2000)
+    assert backend._tier.flights._open == {}
+    assert backend.used_bytes <= backend._tier.options.limit_bytes
+    assert all(not entry.pins for entry in backend._tier.memory.entries.values())
+    assert backend.counters()["lost_objects"] == 0
 
 
 # --- fork

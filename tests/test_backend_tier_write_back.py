@@ -91,8 +91,8 @@ def test_what_is_not_stored_yet_is_there_for_every_call(fake_store):
     put(backend, 1, 2)
     assert backend.exists(names_of(0, 1, 2, 3), timeout_seconds=5) == [True, True, True, False]
     assert backend.exists_prefix(names_of(0, 1, 2, 3), timeout_seconds=5) == 3
-    listed = {info.name: info.stored_bytes for info in backend.list()}
-    assert listed == {name(0): 1000, name(1): 1000, name(2): 1000}
+    listed = [(info.name, info.stored_bytes) for info in backend.list()]
+    assert sorted(listed) == [(name(number), 1000) for number in range(3)]
     assert [info.name for info in backend.list("f" * 32)] == []
     info = backend.stat(name(1), timeout_seconds=5)
     assert info is not None
@@ -138,6 +138,24 @@ def test_a_delete_waits_for_the_put_that_is_under_way(fake_store):
     assert backend.delete([name(1)], timeout_seconds=20) == [True]
     assert store.objects == {}
     assert get(backend, 1) == [None]
+
+
+def test_a_put_after_a_delete_waits_for_its_end(fake_store, monkeypatch):
+    """Else the delete would take the new page out of the store, and memory would still have it."""
+    backend, store = fake_store(**BACK)
+    store.objects[name(1)] = b"old"
+    original = store.delete
+
+    def slow(names, *, timeout_seconds):
+        assert put(backend, 1) == [None]
+        time.sleep(0.3)
+        return original(names, timeout_seconds=timeout_seconds)
+
+    monkeypatch.setattr(store, "delete", slow)
+    assert backend.delete([name(1)], timeout_seconds=5) == [True]
+    wait_until(lambda: not backend.dirty_bytes)
+    assert store.objects == {name(1): data(1)}
+    assert get(backend, 1) == [data(1)]
 
 
 def test_a_delete_that_the_store_cannot_confirm_is_none(fake_store, monkeypatch):
@@ -262,6 +280,22 @@ def test_a_page_that_the_store_alone_refuses_is_given_up(fake_store, monkeypatch
     assert (counters["lost_objects"], counters["lost_bytes"]) == (1, 1000)
     assert set(store.objects) == set(names_of(2, 3))
     assert get(backend, 1) == [None]
+
+
+def test_pages_that_the_store_refuses_hold_no_others_up(fake_store):
+    """As many as one batch takes."""
+    backend, store = fake_store(**BACK)
+    original = store.put
+
+    def refusing(names, objects, *, timeout_seconds):
+        if set(names) & {name(1), name(2)}:
+            return [BackendError("no")] * len(names)
+        return original(names, objects, timeout_seconds=timeout_seconds)
+
+    store.put = refusing
+    put(backend, 1, 2, 3, 4)
+    wait_until(lambda: set(store.objects) == {name(3), name(4)})
+    store.put = original
 
 
 def test_a_store_that_raises_ends_nothing(fake_store, monkeypatch):

@@ -191,6 +191,10 @@ class Flights:
         flight.stamp += 1
         return is_alone
 
+    def is_written(self, name: str) -> bool:
+        """Whether a put or a delete is under way."""
+        return name in self._open and self._open[name].writers > 0
+
     def note_write(self, name: str) -> None:
         """A name was written in memory: what is being read from the store is old."""
         if name in self._open:

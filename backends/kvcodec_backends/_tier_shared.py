@@ -171,6 +171,7 @@ class Tier:
             with self.lock:
                 is_alone = self.flights.end_write(name, stamps[name])
                 self._keep(name, entry, if_newest=is_alone)
+                self.lock.notify_all()
         return list(results)
 
     def delete(self, names: Sequence[str], deadline: Deadline) -> list[bool]:
@@ -187,6 +188,7 @@ class Tier:
                 gone[name] = self._is_absent(name, deadline)
             with self.lock:
                 self.flights.end_write(name, stamps[name])
+                self.lock.notify_all()
         return [gone.pop(name, False) for name in names]
 
     def holds(self, names: Sequence[str]) -> list[bool]:
@@ -245,7 +247,7 @@ class Tier:
         if entry is None:
             return
         self.memory.unpin(entry)
-        if if_newest and name not in self.writer.pending:
+        if if_newest:
             self.counts["inserted_objects"] += 1
             self.memory.install(name, entry)
         else:

@@ -181,21 +181,29 @@ class Writer:
         with self._lock:
             while True:
                 now = time.monotonic()
-                if self._stop_at is not None and (not self.pending or now >= self._stop_at):
-                    return None
-                # Before the end every moment counts: a close does not wait for long pauses.
                 if self._stop_at is not None:
+                    if not self.pending or now >= self._stop_at:
+                        return None
+                    # Before the end every moment counts.
                     resume_at = min(resume_at, now + _FIRST_PAUSE_SECONDS)
-                if self.pending and now >= resume_at:
+                batch = self._ready() if now >= resume_at else []
+                if batch:
                     break
-                self._lock.wait(resume_at - now if self.pending else None)
-            batch = list(islice(self.pending.items(), self._store.backend.batch_size))
+                wait_seconds = max(resume_at - now, _FIRST_PAUSE_SECONDS)
+                self._lock.wait(wait_seconds if self.pending else None)
             for _, entry in batch:
                 entry.pins += 1
                 if not entry.attempts:
                     entry.first_attempt = self._counts["flushed_objects"]
             self._flushing = frozenset(name for name, _ in batch)
         return batch
+
+    def _ready(self) -> list[tuple[str, Entry]]:
+        """The oldest pages that nobody writes in the store at the moment: a delete that began
+        before the put has to end before the page is stored.
+        """
+        ready = (item for item in self.pending.items() if not self._flights.is_written(item[0]))
+        return list(islice(ready, self._store.backend.batch_size))
 
     def _put_seconds(self) -> float:
         stop_at = self._stop_at
