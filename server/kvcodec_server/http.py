@@ -55,6 +55,7 @@ class HTTPListener:
 
 class _Server(ThreadingMixIn, HTTPServer):
     daemon_threads = True
+    request_queue_size = 128  # whoever finds it full waits for a second before trying again
     block_on_close = False
 
     def __init__(self, address: Address, pages: Mapping[str, Answer]) -> None:
