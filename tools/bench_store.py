@@ -158,7 +158,7 @@ def fill(backend: Backend, memory: Memory) -> None:
     """Write as much as there is room for: what comes now takes the place of what is old."""
     work = memory.work
     pages = memory.pages(0, odd=False)
-    for number in range(work.batch_count, work.batch_count * 9 // 4):
+    for number in range(work.batch_count, work.batch_count * 3):
         backend.put(names_of(work, number), pages, timeout_seconds=60)
 
 
@@ -183,7 +183,7 @@ def measure(case: str, root: Path, memory: Memory) -> tuple[float, float]:
         if case.endswith("fsync"):
             url += "&fsync=1"
         if case.endswith("full"):
-            url += f"&max_bytes={memory.work.total_bytes * 5 // 4}&segment_bytes=32MiB"
+            url += f"&max_bytes={memory.work.total_bytes * 3 // 2}&segment_bytes=32MiB"
         backend = open_backend(url)
         try:
             if case.endswith("full"):

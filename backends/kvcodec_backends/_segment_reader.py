@@ -31,6 +31,10 @@ def read_objects(
     # What was replaced or evicted during its read is looked up again. That ends: an object that
     # is still where it could not be read is forgotten.
     while pending:
+        if deadline.passed():
+            for place in pending:
+                results[place] = deadline.error("get", pairs[place][0])
+            break
         try:
             store.refresh()
         except OSError as error:

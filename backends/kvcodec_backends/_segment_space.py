@@ -86,11 +86,9 @@ class SegmentSpace:
 
     def _adopt(self, wanted_bytes: int) -> OpenSegment | None:
         with self._store.lock:
-            unfinished = [
-                segment for segment in self._store.segments.values() if not segment.is_sealed
-            ]
-            unfinished.sort(key=lambda segment: segment.last_sequence, reverse=True)
-            for segment in unfinished:
+            for segment in reversed(self._by_age()):
+                if segment.is_sealed:
+                    continue
                 try:
                     opened = self._take_over(segment, wanted_bytes)
                 except OSError:
@@ -107,11 +105,8 @@ class SegmentSpace:
                 found = self._store.load(segment, is_ours=True)
                 file_bytes = os.fstat(fd).st_size // BLOCK_BYTES * BLOCK_BYTES
                 if found is not None and file_bytes - segment.end >= wanted_bytes:
-                    append_to(
-                        segment.index_path,
-                        b"".join(record.pack() for record in found),
-                        self._store.count,
-                    )
+                    lines = b"".join(record.pack() for record in found)
+                    append_to(segment.index_path, lines, self._store.count)
                     opened = OpenSegment(segment, fd, segment.end, file_bytes)
                     fd = -1
                     return opened

@@ -41,21 +41,27 @@ class SegmentWriter:
     def put(self, pairs: Sequence[tuple[str, memoryview]], deadline: Deadline) -> list[PutResult]:
         """Store objects; an answer for each."""
         results: list[PutResult] = []
+        limit = self._store.options.segment_bytes
         while len(results) < len(pairs):
             rest = pairs[len(results) :]
             name, view = rest[0]
-            try:
-                if deadline.passed():
-                    raise deadline.error("put", name)
-                self._check_size(len(view))
-                results += self._put_run(rest, deadline)
-            except OSError as error:
-                if isinstance(error, BackendError):
-                    results.append(error)
-                else:
-                    results.append(as_backend_error(error, "put", name, writing=True))
-            except BackendError as error:
-                results.append(type(error)(f"put {name}: {error}"))
+            if deadline.passed():
+                results.append(deadline.error("put", name))
+            elif record_bytes(len(view)) > limit:
+                results.append(
+                    BackendFull(
+                        f"put {name}: {len(view)} bytes do not fit into a segment; "
+                        f"raise segment_bytes={limit}"
+                    )
+                )
+            else:
+                try:
+                    opened, start, count = self._reserve([len(view) for _, view in rest], deadline)
+                except (BackendError, OSError) as error:
+                    # Where there is no place for one there is none for the others.
+                    results += [_answer(error, name) for name, _ in rest]
+                    break
+                results += self._put_run(rest[:count], opened, start)
         # What has been replaced must not come back when the newer version is evicted first.
         self._store.kill(self._store.index.take_losers())
         return results
@@ -66,31 +72,19 @@ class SegmentWriter:
             self._closed = True
             self._retire(seal=False)
 
-    def _check_size(self, size: int) -> None:
-        limit = self._store.options.segment_bytes
-        if record_bytes(size) > limit:
-            raise BackendFull(
-                f"{size} bytes do not fit into a segment; raise segment_bytes={limit}"
-            )
-
     def _put_run(
-        self, pairs: Sequence[tuple[str, memoryview]], deadline: Deadline
+        self, pairs: Sequence[tuple[str, memoryview]], opened: OpenSegment, start: int
     ) -> list[PutResult]:
-        """Store the first of the objects, as many as lie together."""
-        opened, start, count = self._reserve([len(view) for _, view in pairs], deadline)
+        """Store neighbours, from a place on that was reserved for them."""
         try:
             records: list[tuple[Record, Bytes]] = []
-            sequences = self._store.index.new_sequences(count)
-            for (name, view), sequence in zip(pairs[:count], sequences, strict=True):
+            sequences = self._store.index.new_sequences(len(pairs))
+            for (name, view), sequence in zip(pairs, sequences, strict=True):
                 payload = as_bytes(view)
+                checksum = xxh3_64_intdigest(payload.data)
                 record = Record(
-                    LIVE,
-                    raw_name(name),
-                    len(view),
-                    sequence,
-                    opened.segment.number,
-                    start,
-                    xxh3_64_intdigest(payload.data),
+                    *(LIVE, raw_name(name), len(view), sequence),
+                    *(opened.segment.number, start, checksum),
                 )
                 records.append((record, payload))
                 start = record.end
@@ -99,15 +93,13 @@ class SegmentWriter:
                 if self._store.options.fsync:
                     os.fdatasync(opened.fd)
             except OSError as error:
-                return [
-                    as_backend_error(error, "put", name, writing=True) for name, _ in pairs[:count]
-                ]
+                return [_answer(error, name) for name, _ in pairs]
             lines = b"".join(record.pack() for record, _ in records)
             append_to(opened.segment.index_path, lines, self._store.count)
             self._store.index.learn(opened.segment, [record for record, _ in records])
         finally:
             self._finish(opened)
-        return [None] * count
+        return [None] * len(pairs)
 
     def _reserve(self, sizes: Sequence[int], deadline: Deadline) -> tuple[OpenSegment, int, int]:
         """A place for the first of the objects: the segment, the offset, and for how many."""
@@ -154,3 +146,9 @@ class SegmentWriter:
             opened.is_retired = True
             if not opened.pending_count:
                 self._space.close_segment(opened, seal=seal)
+
+
+def _answer(error: BackendError | OSError, name: str) -> BackendError:
+    if isinstance(error, BackendError):
+        return type(error)(f"put {name}: {error}")
+    return as_backend_error(error, "put", name, writing=True)
