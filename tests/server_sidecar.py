@@ -20,6 +20,7 @@ from real_server import RealServer, free_port
 
 from kvcodec.backend import Backend, open_backend
 from kvcodec_server._region_wire import region_path
+from kvcodec_server.malloc import keep_freed_memory
 from kvcodec_server.service import PageServer, ServerOptions, new_grpc_server
 
 #: The ends of names at which a strange store stops its own process: in the middle of a read, or
@@ -95,6 +96,7 @@ def strange(store: Backend) -> Backend:
 
 
 def main(socket: str, port: str, url: str, *settings: str) -> None:
+    keep_freed_memory()
     options: dict[str, object] = {}
     for setting in settings:
         name, _, value = setting.partition("=")

@@ -13,7 +13,7 @@ from kvcodec_proto.v1 import service_pb2 as pb
 from kvcodec_proto.v1.service_pb2_grpc import PageServiceStub
 from kvcodec_server._client_link import CHANNEL_OPTIONS
 from kvcodec_server._client_local import as_backend_error
-from kvcodec_server.options import CHUNK_BYTES
+from kvcodec_server._frames import chunks, parse_get, put_part, serialized
 from kvcodec_server.status import get_result, put_result
 
 __all__ = ["RemoteDoor"]
@@ -38,6 +38,16 @@ class RemoteDoor:
             else grpc.secure_channel(target, credentials, options=everything)
         )
         self._stub = PageServiceStub(self._channel)
+        self._get = self._channel.unary_stream(
+            "/kvcodec.v1.PageService/GetStream",
+            request_serializer=pb.GetStreamRequest.SerializeToString,
+            response_deserializer=parse_get,
+        )
+        self._put = self._channel.stream_unary(
+            "/kvcodec.v1.PageService/PutStream",
+            request_serializer=serialized,
+            response_deserializer=pb.PutStreamResponse.FromString,
+        )
         self._metadata = metadata
 
     def stub(self, deadline: Deadline) -> tuple[PageServiceStub, Metadata]:
@@ -50,7 +60,7 @@ class RemoteDoor:
         results: list[GetResult] = []
         rooms = [pb.ObjectRoom(name=name, capacity=len(view)) for name, view in pairs]
         try:
-            parts = self._stub.GetStream(
+            parts = self._get(
                 pb.GetStreamRequest(objects=rooms),
                 timeout=deadline.remaining_seconds(),
                 metadata=self._metadata,
@@ -70,7 +80,7 @@ class RemoteDoor:
         """Store objects from memory, which is not read after the return."""
         parts = _Parts(pairs)
         try:
-            response = self._stub.PutStream(
+            response = self._put(
                 parts, timeout=deadline.remaining_seconds(), metadata=self._metadata
             )
             if len(response.outcomes) == len(pairs):
@@ -89,27 +99,24 @@ class RemoteDoor:
         self._channel.close()
 
 
-def _read(parts: Iterator[pb.GetStreamResponse], view: memoryview) -> GetResult:
+def _read(
+    parts: Iterator[tuple[pb.GetStreamResponse | None, memoryview]], view: memoryview
+) -> GetResult:
     """The next object of a stream, checked against the room for it before anything is written."""
-    outcome = _next(parts, "outcome").outcome
-    result = get_result(outcome, len(view))
-    if not isinstance(result, int) or outcome.status != pb.STATUS_OK:
+    message, chunk = next(parts, (None, memoryview(b"")))
+    if message is None or not message.HasField("outcome"):
+        raise BackendError("the sidecar broke the form of a stream: no outcome")
+    result = get_result(message.outcome, len(view))
+    if not isinstance(result, int) or message.outcome.status != pb.STATUS_OK:
         return result
     at = 0
-    while at < result:
-        chunk = _next(parts, "chunk").chunk
-        if not chunk or at + len(chunk) > result:
-            raise BackendError(f"an object of {result} bytes: after {at} came {len(chunk)}")
+    while chunk and at + len(chunk) <= result:
         view[at : at + len(chunk)] = chunk
         at += len(chunk)
-    return result
-
-
-def _next(parts: Iterator[pb.GetStreamResponse], wanted: str) -> pb.GetStreamResponse:
-    part = next(parts, None)
-    if part is None or part.WhichOneof("part") != wanted:
-        raise BackendError(f"the sidecar broke the form of a stream: no {wanted}")
-    return part
+        if at == result:
+            return result
+        _, chunk = next(parts, (None, memoryview(b"")))
+    raise BackendError(f"the sidecar broke off an object of {result} bytes after {at}")
 
 
 class _Parts:
@@ -120,10 +127,10 @@ class _Parts:
         self._lock = threading.Lock()
         self._stopped = False
 
-    def __iter__(self) -> Iterator[pb.PutStreamRequest]:
+    def __iter__(self) -> Iterator[pb.PutStreamRequest | bytes]:
         return self
 
-    def __next__(self) -> pb.PutStreamRequest:
+    def __next__(self) -> pb.PutStreamRequest | bytes:
         with self._lock:
             if self._stopped:
                 raise StopIteration
@@ -134,9 +141,12 @@ class _Parts:
         with self._lock:
             self._stopped = True
 
-    def _all(self, pairs: Sequence[tuple[str, memoryview]]) -> Iterator[pb.PutStreamRequest]:
+    def _all(
+        self, pairs: Sequence[tuple[str, memoryview]]
+    ) -> Iterator[pb.PutStreamRequest | bytes]:
         yield pb.PutStreamRequest(header=pb.PutStreamHeader())
         for name, view in pairs:
-            yield pb.PutStreamRequest(start=pb.ObjectStart(name=name, length=len(view)))
-            for at in range(0, len(view), CHUNK_BYTES):
-                yield pb.PutStreamRequest(chunk=bytes(view[at : at + CHUNK_BYTES]))
+            start = pb.ObjectStart(name=name, length=len(view))
+            message = pb.PutStreamRequest(start=start)
+            for index, chunk in enumerate(chunks(view)):
+                yield put_part(None if index else message, chunk)

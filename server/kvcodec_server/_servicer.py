@@ -114,7 +114,7 @@ class Servicer(service_pb2_grpc.PageServiceServicer):
 
     def GetStream(  # noqa: N802
         self, request: pb.GetStreamRequest, context: grpc.ServicerContext
-    ) -> Iterator[pb.GetStreamResponse]:
+    ) -> Iterator[pb.GetStreamResponse | bytes]:
         """Objects from the store in chunks."""
         with self._call("get_stream", context, stream=True) as call:
             self._check_count(request.objects)
@@ -125,7 +125,9 @@ class Servicer(service_pb2_grpc.PageServiceServicer):
                 self._settle("get", call, stream.outcomes, is_raw=request.HasField("raw"))
 
     def PutStream(  # noqa: N802
-        self, request_iterator: Iterator[pb.PutStreamRequest], context: grpc.ServicerContext
+        self,
+        request_iterator: Iterator[tuple[pb.PutStreamRequest | None, memoryview]],
+        context: grpc.ServicerContext,
     ) -> pb.PutStreamResponse:
         """Objects in chunks into the store."""
         with self._call("put_stream", context, stream=True) as call:

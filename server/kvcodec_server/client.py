@@ -64,7 +64,7 @@ class SidecarBackend(Backend):
     It connects at the first call, and again by itself when the sidecar was away.
     """
 
-    batch_size = 8
+    batch_size = 4
 
     def __init__(
         self, url: str, open_door: Callable[[SidecarBackend], LocalDoor | RemoteDoor]

@@ -7,10 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+from google.protobuf.message_factory import GetMessageClass
 
 from kvcodec.backend import Backend
 from kvcodec.errors import ConfigError
-from kvcodec_proto.v1 import service_pb2_grpc
+from kvcodec_proto.v1 import service_pb2 as pb
+from kvcodec_server._frames import parse_put, serialized
 from kvcodec_server._servicer import Servicer
 from kvcodec_server.options import (
     CHUNK_BYTES,
@@ -70,7 +72,7 @@ class PageServer:
 
     def add_to(self, grpc_server: grpc.Server) -> None:
         """Register PageService. Calls that come over a Unix socket need a session."""
-        service_pb2_grpc.add_PageServiceServicer_to_server(self._servicer, grpc_server)
+        grpc_server.add_generic_rpc_handlers((_handlers(self._servicer),))
 
     def listen(self, region_path: str | Path, *, mode: int = 0o660) -> None:
         """Take regions on this Unix socket: for a gRPC listener on ``unix:<path>`` it is
@@ -127,3 +129,22 @@ class PageServer:
             region.close()
         self._servicer.listing.close(timeout_seconds=0.0)
         self._servicer.calls.close()
+
+
+def _handlers(servicer: Servicer) -> grpc.GenericRpcHandler:
+    """What the generated code would register, but for how chunks are read and written."""
+    service = pb.DESCRIPTOR.services_by_name["PageService"]
+    kinds = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+    }
+    handlers = {}
+    for method in service.methods:
+        parse = GetMessageClass(method.input_type).FromString
+        handlers[method.name] = kinds[method.client_streaming, method.server_streaming](
+            getattr(servicer, method.name),
+            request_deserializer=parse_put if method.name == "PutStream" else parse,
+            response_serializer=serialized,
+        )
+    return grpc.method_handlers_generic_handler(service.full_name, handlers)

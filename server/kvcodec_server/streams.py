@@ -6,16 +6,15 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-
-import numpy as np
-import numpy.typing as npt
+from itertools import chain
 
 from kvcodec.backend import GetResult, PutResult, check_name
 from kvcodec.errors import BackendTimeout, ConfigError, KVCodecError
 from kvcodec.format import EncodedPage
 from kvcodec_proto.v1 import service_pb2 as pb
+from kvcodec_server._frames import chunks, get_part
 from kvcodec_server.metadata import metadata_of
-from kvcodec_server.options import CHUNK_BYTES, ServerOptions
+from kvcodec_server.options import ServerOptions
 from kvcodec_server.raw import RawPages
 from kvcodec_server.status import get_outcome, outcome_of, put_outcome
 from kvcodec_server.store_calls import Countdown, Pending, StoreCalls
@@ -24,8 +23,8 @@ __all__ = ["GetStream", "PutStream", "with_metadata"]
 
 # Staging memory comes in few sizes, so that it is used again.
 _LEAST_STAGING_BYTES = 1 << 20
-
-Bytes = npt.NDArray[np.uint8]
+# Objects that are read together, while as many are sent: more of them leave the processor's cache.
+_GROUP_OBJECTS = 2
 
 
 def with_metadata(outcome: pb.Outcome, page: memoryview) -> None:
@@ -74,17 +73,16 @@ class GetStream:
             room.capacity = min(room.capacity, options.max_object_bytes)
         self._groups = _grouped(
             request.objects,
-            objects=max(1, calls.pipeline.backend.batch_size),
+            objects=min(_GROUP_OBJECTS, max(1, calls.pipeline.backend.batch_size)),
             staging_bytes=options.staging_bytes // (2 * options.max_streams),
         )
         self.outcomes: list[pb.Outcome] = []
-        self.sent_bytes = 0
 
-    def parts(self) -> Iterator[pb.GetStreamResponse]:
-        """The messages of the answer."""
+    def parts(self) -> Iterator[pb.GetStreamResponse | bytes]:
+        """The messages of the answer, or what is on the wire already."""
         ahead: _Group | None = None
         for index, rooms in enumerate(self._groups):
-            group = ahead or self._start(rooms, max(0.0, self._deadline - time.monotonic()))
+            group = ahead or self._start(rooms, self._left())
             ahead = None
             try:
                 outcomes = self._settle(group, rooms)
@@ -102,18 +100,20 @@ class GetStream:
                 if group is not None:
                     group.release()
 
-    def _object(self, outcome: pb.Outcome, row: memoryview) -> Iterator[pb.GetStreamResponse]:
+    def _object(
+        self, outcome: pb.Outcome, row: memoryview
+    ) -> Iterator[pb.GetStreamResponse | bytes]:
         self.outcomes.append(outcome)
-        yield pb.GetStreamResponse(outcome=outcome)
-        if outcome.status == pb.STATUS_OK:
-            for start in range(0, outcome.length, CHUNK_BYTES):
-                chunk = row[start : min(start + CHUNK_BYTES, outcome.length)]
-                self.sent_bytes += len(chunk)
-                yield pb.GetStreamResponse(chunk=bytes(chunk))
+        message = pb.GetStreamResponse(outcome=outcome)
+        if outcome.status != pb.STATUS_OK:
+            yield message
+            return
+        for index, chunk in enumerate(chunks(row[: outcome.length])):
+            yield get_part(None if index else message, chunk)
 
     def _start(self, rooms: Sequence[pb.ObjectRoom], seconds: float) -> _Group | None:
         """Begin to read a group; None if there is no memory for it in that time."""
-        row_bytes = _staging_bytes(max(room.capacity for room in rooms))
+        row_bytes = _staging_bytes(max(1, *(room.capacity for room in rooms)))
         buffers = self._calls.pipeline.buffers
         buffer = buffers.acquire(row_bytes * len(rooms), seconds)
         if buffer is None:
@@ -123,12 +123,12 @@ class GetStream:
             for row, room in zip(buffer.reshape(-1, row_bytes), rooms, strict=True)
         ]
         names = [room.name for room in rooms]
-        left = max(0.0, self._deadline - time.monotonic())
         free = partial(buffers.release, buffer)
         if self._raw is not None:
-            return _Group(rows, None, self._raw.get(names, rows, left), Countdown(1, free))
+            outcomes = self._raw.get(names, rows, self._left())
+            return _Group(rows, None, outcomes, Countdown(1, free))
         release = Countdown(2, free)
-        return _Group(rows, self._calls.get(names, rows, left, release), [], release)
+        return _Group(rows, self._calls.get(names, rows, self._left(), release), [], release)
 
     def _settle(self, group: _Group | None, rooms: Sequence[pb.ObjectRoom]) -> list[pb.Outcome]:
         if group is None:
@@ -145,6 +145,9 @@ class GetStream:
                     with_metadata(outcome, row[: outcome.length])
         return outcomes
 
+    def _left(self) -> float:
+        return max(0.0, self._deadline - time.monotonic())
+
 
 def _grouped(
     rooms: Sequence[pb.ObjectRoom], *, objects: int, staging_bytes: int
@@ -153,13 +156,15 @@ def _grouped(
     groups: list[list[pb.ObjectRoom]] = []
     largest = 0
     for room in rooms:
-        largest = max(largest, _staging_bytes(room.capacity))
-        full = groups and (
-            len(groups[-1]) == objects or largest * (len(groups[-1]) + 1) > staging_bytes
-        )
-        if not groups or full:
+        size = _staging_bytes(max(1, room.capacity))
+        largest = max(largest, size)
+        if (
+            not groups
+            or len(groups[-1]) == objects
+            or largest * (len(groups[-1]) + 1) > staging_bytes
+        ):
             groups.append([])
-            largest = _staging_bytes(room.capacity)
+            largest = size
         groups[-1].append(room)
     return groups
 
@@ -177,26 +182,29 @@ class PutStream:
         self._deadline = deadline
         self._raw: RawPages | None = None
         self._answers: list[tuple[int, Pending[PutResult]] | pb.Outcome] = []
-        self.received_bytes = 0
 
     @property
     def is_raw(self) -> bool:
         """Whether pages came raw."""
         return self._raw is not None
 
-    def receive(self, requests: Iterator[pb.PutStreamRequest]) -> list[pb.Outcome]:
-        """Store what comes. Raises `ConfigError` for a stream that breaks its form: objects before
-        that are stored, the one that was cut is not.
+    def receive(
+        self, requests: Iterator[tuple[pb.PutStreamRequest | None, memoryview]]
+    ) -> list[pb.Outcome]:
+        """Store what comes: messages, None for one without, each with its chunk.
+
+        Raises `ConfigError` for a stream that breaks its form: objects before that are stored, the
+        one that was cut is not.
         """
-        first = next(requests, None)
-        if first is None or first.WhichOneof("part") != "header":
+        message, _ = next(requests, (None, None))
+        if message is None or not message.HasField("header"):
             raise ConfigError("a stream of objects begins with its header")
-        if first.header.HasField("raw"):
-            self._raw = RawPages(self._calls, first.header.raw, self._options.max_object_bytes)
-        for request in requests:
-            if request.WhichOneof("part") != "start":
+        if message.header.HasField("raw"):
+            self._raw = RawPages(self._calls, message.header.raw, self._options.max_object_bytes)
+        for message, chunk in requests:
+            if message is None or not message.HasField("start"):
                 raise ConfigError("an object begins with its name and length")
-            self._object(request.start, requests)
+            self._object(message.start, chain([chunk], (more for _, more in requests)))
         return [
             answer
             if isinstance(answer, pb.Outcome)
@@ -204,7 +212,7 @@ class PutStream:
             for answer in self._answers
         ]
 
-    def _object(self, start: pb.ObjectStart, requests: Iterator[pb.PutStreamRequest]) -> None:
+    def _object(self, start: pb.ObjectStart, received: Iterator[memoryview]) -> None:
         options, buffers = self._options, self._calls.pipeline.buffers
         if self._raw is None:
             check_name(start.name)
@@ -215,42 +223,39 @@ class PutStream:
             )
         if len(self._answers) >= options.max_objects:
             raise ConfigError(f"more than {options.max_objects} objects in a call (max_objects)")
-        left = max(0.0, self._deadline - time.monotonic())
-        buffer = buffers.acquire(_staging_bytes(start.length), left)
+        buffer = buffers.acquire(_staging_bytes(start.length), self._left())
         if buffer is None:
-            self._fill(None, start, requests)
+            _fill(None, start, received)
             self._answers.append(outcome_of(_no_memory()))
             return
         release = partial(buffers.release, buffer)
         target = buffer.data[: start.length]
         try:
-            self._fill(target, start, requests)
+            _fill(target, start, received)
         except BaseException:
             release()
             raise
-        left = max(0.0, self._deadline - time.monotonic())
         if self._raw is not None:
-            self._answers += self._raw.put([start.name], [target], left, release)
+            self._answers += self._raw.put([start.name], [target], self._left(), release)
         else:
-            pending = self._calls.put([start.name], [target], left, release)
+            pending = self._calls.put([start.name], [target], self._left(), release)
             self._answers.append((start.length, pending))
 
-    def _fill(
-        self,
-        target: memoryview | None,
-        start: pb.ObjectStart,
-        requests: Iterator[pb.PutStreamRequest],
-    ) -> None:
-        at = 0
-        while at < start.length:
-            request = next(requests, None)
-            chunk = request.chunk if request is not None else b""
-            if not chunk or at + len(chunk) > start.length:
-                raise ConfigError(
-                    f"object {start.name} was to have {start.length} bytes; after {at} of them "
-                    f"came {len(chunk)}"
-                )
-            if target is not None:
-                target[at : at + len(chunk)] = chunk
-            at += len(chunk)
-            self.received_bytes += len(chunk)
+    def _left(self) -> float:
+        return max(0.0, self._deadline - time.monotonic())
+
+
+def _fill(target: memoryview | None, start: pb.ObjectStart, received: Iterator[memoryview]) -> None:
+    """Put an object together; without a target its bytes are passed over."""
+    at = 0
+    for chunk in received:
+        if not chunk or at + len(chunk) > start.length:
+            raise ConfigError(
+                f"object {start.name} of {start.length} bytes: after {at} came {len(chunk)}"
+            )
+        if target is not None:
+            target[at : at + len(chunk)] = chunk
+        at += len(chunk)
+        if at == start.length:
+            return
+    raise ConfigError(f"object {start.name} of {start.length} bytes was cut off after {at}")
