@@ -18,8 +18,9 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from kvcodec.backend import Backend, open_backend
-from kvcodec.errors import BackendReadOnly
+from kvcodec.errors import BackendError, BackendReadOnly, BackendTimeout
 from kvcodec.testing import BackendTests
+from kvcodec_backends import _fsspec_loop
 from kvcodec_backends.fsspec import FsspecBackend
 
 
@@ -284,3 +285,24 @@ def test_closing_ends_the_thread(tmp_path: Path):
     while threading.active_count() > before and time.monotonic() < stop_at:
         time.sleep(0.01)
     assert threading.active_count() == before
+
+
+def test_closing_ends_calls_under_way(tmp_path: Path):
+    backend = open_backend(f"fsspec+coroutines://{tmp_path.name}")
+    assert put(backend, NAMES[:1], b"data") == [None]
+    answers: list[Any] = []
+    thread = threading.Thread(target=lambda: answers.append(get(backend, NAMES[0])))
+    with AsyncFileSystemInMemory.stall.entered():
+        thread.start()
+        time.sleep(0.1)
+        backend.close()
+        thread.join(5)
+    (answer,) = answers
+    assert isinstance(answer, BackendError)
+
+
+def test_a_listing_that_hangs_ends_with_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    backend = open_backend(f"fsspec+coroutines://{tmp_path.name}")
+    monkeypatch.setattr(_fsspec_loop, "STEP_SECONDS", 0.1)
+    with AsyncFileSystemInMemory.stall.entered(), pytest.raises(BackendTimeout):
+        list(backend.list())

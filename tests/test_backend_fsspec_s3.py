@@ -230,6 +230,31 @@ def test_a_fork_before_the_first_request_works_and_one_after_it_says_so(
     assert run.returncode == 0, run.stderr
 
 
+_ENDS = """
+import sys, threading, time
+from kvcodec.backend import open_backend
+backend = open_backend(sys.argv[1])
+names = [f"{'ab' * 16}/{number:064x}" for number in range(64)]
+
+def write():
+    while True:
+        backend.put(names, [memoryview(bytes(1 << 20))] * 64, timeout_seconds=0.1)
+
+for _ in range(2):
+    threading.Thread(target=write, daemon=True).start()
+time.sleep(0.5)
+"""
+
+
+def test_a_process_may_end_with_requests_under_way(server: S3Server):
+    """obstore's threads abort it if they come to speak when there is no interpreter any more."""
+    runs = [
+        subprocess.Popen([sys.executable, "-c", _ENDS, url_of(server, "pages/ends")])
+        for _ in range(2)
+    ]
+    assert [run.wait(60) for run in runs] == [0] * 2
+
+
 def test_the_gateway_and_a_mount_are_one_store(tmp_path: Path):
     """What one host writes through the gateway another reads as files, and the other way round."""
     with (

@@ -69,6 +69,10 @@ class Client(abc.ABC):
         """The one place where an exception of the library becomes a class of the error tree."""
 
     @abc.abstractmethod
+    def after_fork(self) -> None:
+        """In the child: connections, threads and locks are the parent's."""
+
+    @abc.abstractmethod
     def close(self) -> None:
         """Let go of connections."""
 

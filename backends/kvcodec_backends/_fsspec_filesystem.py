@@ -74,7 +74,7 @@ class FilesystemClient(Client):
         self._moves = address.protocol not in _WHOLE_PUTS
         self._numbers = itertools.count()
         self._filesystem: Any = None
-        self._reset()
+        self.after_fork()
 
     async def open(self, *, create: bool) -> None:
         """Look for the directory, or make it."""
@@ -184,16 +184,14 @@ class FilesystemClient(Client):
         self._threads.close(0.0)
         self._filesystem = None
 
-    def _reset(self) -> None:
-        self._pid = os.getpid()
+    def after_fork(self) -> None:
+        """Start afresh."""
         self._token = os.urandom(4).hex()
         self._threads = IOThreads(_THREAD_COUNT, limit=1024)
         self._filesystem = None
 
     async def _call(self, method: str, *arguments: object, **options: object) -> object:
         """Call a method of the file system, made here if need be."""
-        if self._pid != os.getpid():
-            self._reset()
         if not self._kind.async_impl:
             return await self._in_thread(
                 lambda: getattr(self._sync_filesystem(), method)(*arguments, **options)

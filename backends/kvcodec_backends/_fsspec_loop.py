@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import os
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
-from kvcodec.errors import BackendTimeout
+from kvcodec.errors import BackendError, BackendTimeout
 
-__all__ = ["RequestLoop"]
+__all__ = ["STEP_SECONDS", "RequestLoop"]
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 #: How much later than asked a call may return when the loop itself is held up.
 _GRACE_SECONDS = 0.05
+#: How long an iterator, which has no deadline, may take for one step.
+STEP_SECONDS = 60.0
+#: How long what was cancelled may take to be over.
+_SETTLE_SECONDS = 0.2
 
 
 class RequestLoop:
     """Runs coroutines for callers in other threads, so many at a time.
 
-    The thread starts with the first call, and in a child process after a fork with the first call
-    there.
+    The thread starts with the first call, in a forked child with the first call there.
     """
 
     def __init__(self, concurrency: int) -> None:
@@ -31,7 +34,7 @@ class RequestLoop:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._running: asyncio.Semaphore | None = None
-        self._pid = 0
+        self._closed = False
 
     def gather(
         self, calls: Sequence[Callable[[], Coroutine[Any, Any, T]]], timeout_seconds: float
@@ -40,52 +43,72 @@ class RequestLoop:
         which are cancelled.
         """
         late = BackendTimeout(f"no answer within {timeout_seconds:g} s")
-        future = asyncio.run_coroutine_threadsafe(
-            self._gathered(calls, timeout_seconds, late), self.start()
-        )
         try:
+            future = self._submit(self._gathered(calls, timeout_seconds, late))
             return future.result(timeout_seconds + _GRACE_SECONDS)
         except concurrent.futures.TimeoutError:
             future.cancel()
             return [late] * len(calls)
+        except concurrent.futures.CancelledError:
+            return [BackendError("closed meanwhile")] * len(calls)
+        except BackendError as closed:
+            return [closed] * len(calls)
 
     def iterate(self, items: Callable[[], AsyncIterator[T]]) -> Iterator[T]:
-        """What an asynchronous iterator yields, one item for each step."""
-        loop = self.start()
+        """What an asynchronous iterator yields, one item for each step. Raises `BackendError` once
+        the loop is closed.
+        """
         iterator = items()
         try:
             while True:
                 try:
-                    yield asyncio.run_coroutine_threadsafe(_next(iterator), loop).result()
+                    yield self._submit(_next(iterator)).result(STEP_SECONDS)
                 except StopAsyncIteration:
                     return
+                except concurrent.futures.TimeoutError:
+                    raise BackendTimeout(f"no answer within {STEP_SECONDS:g} s") from None
+                except concurrent.futures.CancelledError:
+                    raise BackendError("closed meanwhile") from None
         finally:
             close = getattr(iterator, "aclose", None)
-            if close is not None and not loop.is_closed():
-                asyncio.run_coroutine_threadsafe(close(), loop)
+            if close is not None:
+                try:
+                    self._submit(close())
+                except BackendError:
+                    pass
 
-    def start(self) -> asyncio.AbstractEventLoop:
-        """The running loop of this process."""
-        if self._loop is not None and self._pid == os.getpid():
-            return self._loop
-        if self._pid not in (0, os.getpid()):
-            # The parent's lock may be held by a thread that does not exist here.
-            self._lock = threading.Lock()
+    def _submit(self, work: Coroutine[Any, Any, R]) -> concurrent.futures.Future[R]:
         with self._lock:
-            if self._loop is None or self._pid != os.getpid():
-                loop = asyncio.new_event_loop()
-                self._running = asyncio.Semaphore(self._concurrency)
-                threading.Thread(
-                    target=loop.run_forever, name="kvcodec-fsspec", daemon=True
-                ).start()
-                self._loop, self._pid = loop, os.getpid()
-            return self._loop
+            if not self._closed:
+                return asyncio.run_coroutine_threadsafe(work, self._start())
+        # It would warn that nobody awaited it.
+        work.close()
+        raise BackendError("closed meanwhile")
 
-    def close(self) -> None:
-        """End the thread; calls under way are cancelled."""
-        loop, self._loop = self._loop, None
-        if loop is not None and self._pid == os.getpid():
-            asyncio.run_coroutine_threadsafe(_stop(), loop)
+    def _start(self) -> asyncio.AbstractEventLoop:
+        """The running loop of this process; the lock is held."""
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            self._running = asyncio.Semaphore(self._concurrency)
+            threading.Thread(
+                target=_run, args=(self._loop,), name="kvcodec-fsspec", daemon=True
+            ).start()
+        return self._loop
+
+    def after_fork(self) -> None:
+        """In the child: the thread is the parent's, and its lock may be held for ever."""
+        self._lock = threading.Lock()
+        self._loop = None
+
+    def close(self, *, at_exit: bool = False) -> None:
+        """Cancel calls under way, and end the thread soon: not before the interpreter where that is
+        about to end, because others may have something to tell the loop until then.
+        """
+        with self._lock:
+            self._closed = True
+            loop, self._loop = self._loop, None
+        if loop is not None:
+            asyncio.run_coroutine_threadsafe(_cancel(stop=not at_exit), loop)
 
     async def _gathered(
         self,
@@ -98,9 +121,8 @@ class RequestLoop:
             await asyncio.wait(tasks, timeout=timeout_seconds)
         finally:
             for task in tasks:
-                if not task.done():
-                    task.add_done_callback(_forget)
-                    task.cancel()
+                task.add_done_callback(_forget)
+                task.cancel()
         outcomes: list[T | BaseException] = []
         for task in tasks:
             outcomes.append(_outcome(task) if task.done() else late)
@@ -128,10 +150,15 @@ def _forget(task: asyncio.Future[Any]) -> None:
         task.exception()
 
 
-async def _stop() -> None:
-    loop = asyncio.get_running_loop()
-    tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-    for task in tasks:
-        task.cancel()
-    await asyncio.wait([asyncio.ensure_future(asyncio.sleep(0))])
-    loop.call_soon(loop.stop)
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()
+
+
+async def _cancel(*, stop: bool) -> None:
+    for task in asyncio.all_tasks():
+        if task is not asyncio.current_task():
+            task.cancel()
+    if stop:
+        await asyncio.sleep(_SETTLE_SECONDS)
+        asyncio.get_running_loop().stop()

@@ -12,6 +12,7 @@ import functools
 import os
 import re
 import ssl
+import time
 import urllib.error
 import urllib.request
 import weakref
@@ -28,7 +29,7 @@ from kvcodec.errors import (
 )
 from kvcodec_backends._fsspec_client import Address, Client, StoredObject, flag
 
-__all__ = ["PROTOCOLS", "ObstoreClient", "known_options", "make_client"]
+__all__ = ["PROTOCOLS", "ObstoreClient", "known_options", "make_client", "settle"]
 
 #: fsspec's names of the protocols, and ours for the kind of store.
 PROTOCOLS = (
@@ -80,8 +81,13 @@ _WRONG_CREDENTIALS = frozenset(
 )
 _FULL_CODES = frozenset({"QuotaExceeded", "XMinioStorageFull", "InsufficientCapacity"})
 
-_clients: weakref.WeakSet[ObstoreClient] = weakref.WeakSet()
+#: How long the end of a process may wait for what was cancelled.
+_SETTLE_SECONDS = 5.0
+
+#: The process that has used obstore.
 _user_pid = 0
+#: Futures that obstore's threads still hold, done and cancelled ones for a moment among them.
+_pending: weakref.WeakSet[asyncio.Future[Any]] = weakref.WeakSet()
 
 
 def known_options(protocol: str, shown: str) -> Sequence[str]:  # noqa: ARG001 - as for fsspec
@@ -89,6 +95,21 @@ def known_options(protocol: str, shown: str) -> Sequence[str]:  # noqa: ARG001 -
     kind = PROTOCOLS[protocol]
     more = ("addressing_style", "ca_file") if kind == "s3" else ("ca_file",)
     return (*_OPTIONS[kind], *_FLAGS[kind], *more)
+
+
+def settle() -> None:
+    """Before the interpreter ends: wait for obstore to let go of requests that were cancelled. Its
+    threads abort the process if they come to speak after that.
+    """
+    if _user_pid != os.getpid():
+        return
+    from obstore.store import MemoryStore
+
+    give_up_at = time.monotonic() + _SETTLE_SECONDS
+    while _pending and time.monotonic() < give_up_at:
+        # What its threads have let go of is collected when somebody calls anything of obstore.
+        MemoryStore()
+        time.sleep(0.002)
 
 
 def make_client(address: Address, options: Mapping[str, str]) -> ObstoreClient:
@@ -163,7 +184,6 @@ class ObstoreClient(Client):
             self._store = self._make_store(prefix=address.path or None)
         except (obstore.exceptions.BaseError, ValueError) as error:
             raise ConfigError(f"{address.shown}: {_first_line(error)}") from error
-        _clients.add(self)
 
     async def open(self, *, create: bool) -> None:
         """List one page: the question that a missing bucket and wrong credentials answer to."""
@@ -188,21 +208,19 @@ class ObstoreClient(Client):
 
     async def put(self, key: str, data: bytes) -> None:
         """One PUT request of the whole object: a store shows it whole or not at all."""
-        self._check_process()
-        await self._obstore.put_async(self._store, key, data, use_multipart=False)
+        await self._ask(self._obstore.put_async, key, data, use_multipart=False)
 
     async def get(self, key: str, limit_bytes: int) -> memoryview | int:
         """One GET request; a body that is too long is not read, one that is cut off asked for
         again: some servers do that to readers of an object that is replaced.
         """
-        self._check_process()
         for attempts_left in range(_BODY_ATTEMPT_COUNT - 1, -1, -1):
-            answer = await self._obstore.get_async(self._store, key)
+            answer = await self._ask(self._obstore.get_async, key)
             size = int(answer.meta["size"])
             if size > limit_bytes:
                 return size
             try:
-                data = memoryview(await answer.bytes_async())
+                data = memoryview(await _awaited(answer.bytes_async()))
             except self._obstore.exceptions.GenericError:
                 if not attempts_left:
                     raise
@@ -213,18 +231,21 @@ class ObstoreClient(Client):
 
     async def stat(self, key: str) -> StoredObject:
         """One HEAD request."""
-        self._check_process()
-        return _described(await self._obstore.head_async(self._store, key))
+        return _described(await self._ask(self._obstore.head_async, key))
 
     async def delete(self, key: str) -> None:
         """One DELETE request."""
-        self._check_process()
-        await self._obstore.delete_async(self._store, key)
+        await self._ask(self._obstore.delete_async, key)
 
     async def list(self, directory: str) -> AsyncIterator[list[StoredObject]]:
         """A listing of a thousand objects at a time."""
         self._check_process()
-        async for page in self._obstore.list(self._store, directory or None, chunk_size=1000):
+        pages = self._obstore.list(self._store, directory or None, chunk_size=1000)
+        while True:
+            try:
+                page = await _awaited(anext(pages))
+            except StopAsyncIteration:
+                return
             yield [_described(entry) for entry in page]
 
     def as_backend_error(self, error: BaseException, verb: str, name: str) -> BackendError:
@@ -243,9 +264,18 @@ class ObstoreClient(Client):
     def close(self) -> None:
         """Nothing to do: connections end with the store."""
 
-    def leak(self) -> None:
-        """Keep the store for ever: in a forked child its end would end the parent's connections."""
+    def after_fork(self) -> None:
+        """Keep the store for ever: its end would end the parent's connections."""
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._store))
+
+    async def _ask(
+        self,
+        request: Callable[..., asyncio.Future[Any]],
+        *arguments: object,
+        **options: object,
+    ) -> Any:  # noqa: ANN401 - whatever obstore answers
+        self._check_process()
+        return await _awaited(request(self._store, *arguments, **options))
 
     def _check_process(self) -> None:
         """Threads of obstore are not there after a fork, and its sockets are still the parent's."""
@@ -289,12 +319,13 @@ class ObstoreClient(Client):
         urllib.request.urlopen(request, timeout=_CONNECT_SECONDS, context=context).close()  # noqa: S310
 
 
-def _after_fork() -> None:
-    for client in list(_clients):
-        client.leak()
-
-
-os.register_at_fork(after_in_child=_after_fork)
+async def _awaited(future: asyncio.Future[Any]) -> Any:  # noqa: ANN401 - as above
+    _pending.add(future)
+    try:
+        return await future
+    finally:
+        # The traceback of an exception it holds leads here: without this it would hold itself.
+        del future
 
 
 def _described(entry: Mapping[str, Any]) -> StoredObject:

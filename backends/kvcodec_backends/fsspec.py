@@ -17,8 +17,11 @@ answer is never written to memory that somebody else uses by then.
 
 from __future__ import annotations
 
+import atexit
+import os
 import re
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -58,6 +61,9 @@ _PREFIX = re.compile(r"[0-9a-f]{0,31}|[0-9a-f]{32}(/[0-9a-f]{0,64})?")
 _KEY = re.compile(r"([0-9a-f]{32})/([0-9a-f]{2})/(\2[0-9a-f]{62})")
 
 
+_backends: weakref.WeakSet[FsspecBackend] = weakref.WeakSet()
+
+
 class FsspecBackend(Backend):
     """``fsspec+PROTOCOL://LOCATION/PREFIX?OPTIONS``: one object per page.
 
@@ -81,6 +87,7 @@ class FsspecBackend(Backend):
         self._closed = False
         self._counts: Counter[str] = Counter(failed_requests=0, late_requests=0)
         self._counts_lock = threading.Lock()
+        _backends.add(self)
 
     @classmethod
     def from_url(cls, url: str, *, create: bool = True) -> FsspecBackend:
@@ -198,11 +205,17 @@ class FsspecBackend(Backend):
             return None
         return ObjectInfo(name, answer.stored_bytes, answer.modified_seconds)
 
-    def close(self) -> None:
+    def after_fork(self) -> None:
+        """In the child: let go of what is the parent's."""
+        self._counts_lock = threading.Lock()
+        self._loop.after_fork()
+        self._client.after_fork()
+
+    def close(self, *, at_exit: bool = False) -> None:
         """End the loop and its connections."""
         if not self._closed:
             self._closed = True
-            self._loop.close()
+            self._loop.close(at_exit=at_exit)
             self._client.close()
 
     def counters(self) -> Mapping[str, int]:
@@ -289,3 +302,18 @@ class FsspecBackend(Backend):
 
 def _key(name: str) -> str:
     return f"{name[:32]}/{name[33:35]}/{name[33:]}"
+
+
+def _after_fork() -> None:
+    for backend in list(_backends):
+        backend.after_fork()
+
+
+def _at_exit() -> None:
+    for backend in list(_backends):
+        backend.close(at_exit=True)
+    _fsspec_obstore.settle()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_at_exit)
