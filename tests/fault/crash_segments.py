@@ -1,8 +1,9 @@
 """Kill writers of a segment store with SIGKILL at random moments, and look at what they leave.
 
-Run as ``crash_segments.py DIRECTORY ROUNDS SEED``; prints a JSON report. In each round two
-processes write and delete at once, tell through a pipe what was answered, and are killed. Then the
-next process opens the store: what was answered for has to be so, and nothing may be torn.
+Run as ``crash_segments.py DIRECTORY ROUNDS SEED [MAX_BYTES]``; prints a JSON report. In each round
+two processes write and delete at once, tell through a pipe what was answered, and are killed. Then
+the next process opens the store: what was answered for has to be so, and nothing may be torn. With
+a quota what was stored may be gone again; what was deleted may not be back.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ def sealed(number: int) -> bytes:
 
 
 def open_store(root: Path) -> Backend:
-    return FileBackend.from_url(f"file://{root}?engine=segments&segment_bytes=1MiB")
+    options = "segment_bytes=1MiB"
+    if len(sys.argv) > 4:
+        options = f"segment_bytes=256KiB&max_bytes={sys.argv[4]}"
+    return FileBackend.from_url(f"file://{root}?engine=segments&{options}")
 
 
 def write_for_ever(root: Path, seed: int, pipe: int) -> None:
@@ -107,6 +111,9 @@ def look(root: Path, told: dict[int, int], report: Counter[str]) -> None:
     for number, state in told.items():
         report["lost"] += state == STORED and number not in there
         report["came_back"] += state == DELETED and number in there
+    if len(sys.argv) > 4:
+        used = sum(path.stat().st_blocks * 512 for path in root.rglob("*") if path.is_file())
+        report["above_quota"] += used > int(sys.argv[4])
     report["recovered"] += backend.counters()["recovered_objects"]
     # The next writers go on with what these left.
     backend.put([name(0)], [memoryview(sealed(0))], timeout_seconds=10)
@@ -117,7 +124,10 @@ def look(root: Path, told: dict[int, int], report: Counter[str]) -> None:
 def main() -> None:
     root, rounds, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     source = random.Random(seed)
-    keys = ("objects", "unreadable", "torn", "lost", "came_back", "recovered", "adopted")
+    keys = (
+        *("objects", "unreadable", "torn", "lost", "came_back", "recovered", "adopted"),
+        "above_quota",
+    )
     report: Counter[str] = Counter(dict.fromkeys(keys, 0))
     told: dict[int, int] = {}
     for _ in range(rounds):
