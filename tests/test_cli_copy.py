@@ -346,6 +346,24 @@ def test_an_interrupted_copy_ends_with_130_and_goes_on(capsys, fakes):
     assert target.objects == source.objects
 
 
+def test_an_interrupt_waits_for_what_is_under_way(capsys, fakes):
+    """The target is not closed, and the process not ended, in the middle of a put."""
+    _, target = fakes
+    main_thread = threading.main_thread().ident
+    assert main_thread is not None
+    closed = []
+
+    def hook(operation, names):
+        if operation == "put":
+            signal.pthread_kill(main_thread, signal.SIGINT)
+            time.sleep(0.5)
+            closed.append(target.closed)
+
+    target.hook = hook
+    assert run_json(capsys, *FAKES, "--threads", "1")[0] == 130
+    assert (closed, target.closed) == ([False], True)
+
+
 def test_a_killed_copy_leaves_whole_pages_and_goes_on(capsys, source, target):
     """Ctrl-C as a shell sends it, to a process of its own."""
     url, pages = source

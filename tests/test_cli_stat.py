@@ -6,6 +6,7 @@ import pytest
 from cli_pages import fill, filled, flipped, make_page, namespace_of, run_json, run_text
 from fake_backend import FakeBackend
 
+from kvcodec.backend import ObjectInfo
 from kvcodec.cli import stores
 from kvcodec.errors import BackendError
 
@@ -113,6 +114,16 @@ def test_what_cannot_be_read_is_counted_by_reason(capsys, tmp_path):
     assert document["sample"]["unreadable"] == {"corrupt:magic": 1, "corrupt:length": 1}
     assert document["sample"]["pages"] == 4
     assert "1 of the sample: corrupt:magic" in run_text(capsys, "stat", url)[1]
+
+
+def test_the_oldest_and_the_newest_are_found(capsys, monkeypatch):
+    fake = FakeBackend()
+    infos = [ObjectInfo(f"{0:032x}/{at:064x}", 1, 1e9 + at) for at in (2, 0, 5, 3)]
+    monkeypatch.setattr(fake, "list", lambda prefix="": iter(infos))
+    monkeypatch.setattr(stores, "open_backend", lambda url, **_: fake)
+    document = run_json(capsys, "stat", "fake://")[1]
+    assert document["oldest"] == "2001-09-09T01:46:40+00:00"
+    assert document["newest"] == "2001-09-09T01:46:45+00:00"
 
 
 def test_a_store_that_fails_on_the_sample_still_has_totals(capsys, monkeypatch):
