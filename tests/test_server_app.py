@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import stat
 import subprocess
+import sys
+import tempfile
 import threading
 import time
 from contextlib import contextmanager
@@ -217,6 +220,42 @@ class TestOtherSettings:
             assert sidecar.get("/healthz")[0] == 0
             with grpc.insecure_channel(sidecar.target) as channel:
                 assert health_of(channel) == "UNAVAILABLE"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+class TestOtherUsers:
+    """Somebody else, whom the socket's permissions let in, and the sidecar perhaps not."""
+
+    CALL = """
+import os, sys, time
+from kvcodec.backend import open_backend
+import redis, kvcodec_server.client, kvcodec_server.service  # what he could not read later
+store = open_backend(sys.argv[1])
+os.setuid(65534)
+deadline = time.monotonic() + 3
+while (answer := store.put([sys.argv[2]], [memoryview(b"page")], timeout_seconds=1)[0]):
+    if time.monotonic() > deadline:
+        sys.exit(f"{type(answer).__name__}: {answer}")
+    time.sleep(0.05)
+"""
+
+    @pytest.mark.parametrize(("uids", "served"), [("1234", False), ("1234,65534", True)])
+    def test_shared_memory_is_for_listed_users(self, uids, served):
+        settings = {"access.uids": uids, "listen.unix_mode": "0666"}
+        with (
+            tempfile.TemporaryDirectory() as folder,  # pytest's own are closed to others
+            SidecarProcess(Path(folder), settings) as sidecar,
+        ):
+            Path(folder).chmod(0o755)
+            url = f"sidecar+unix://{sidecar.socket}"
+            run = subprocess.run(
+                [sys.executable, "-c", self.CALL, url, NAME],
+                check=False,
+                capture_output=True,
+                text=True,
+            )
+        assert (run.returncode == 0) == served, run.stderr
+        assert served or "65534" in run.stderr
 
 
 class TestEnd:
