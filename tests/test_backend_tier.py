@@ -247,6 +247,16 @@ def test_another_url_is_another_tier():
     second.close()
 
 
+def test_a_tier_may_stand_before_a_tier():
+    inner = tier_url("memory://", bytes="32MiB", mode="write_back")
+    backend = open_backend(tier_url(inner))
+    assert put(backend, 1) == [None]
+    assert get(backend, 1) == [data(1)]
+    assert backend.counters()["store.buffered_objects"] == 1
+    backend.close()
+    assert tier_module._tiers == {}
+
+
 def test_closing_frees_the_memory_and_closes_the_store(fake_store):
     backend, store = fake_store()
     put(backend, 1, 2, 3)

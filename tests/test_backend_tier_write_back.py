@@ -376,13 +376,17 @@ def test_a_put_that_waits_for_room_ends_with_the_tier(fake_store):
     assert isinstance(answers[-1], BackendError) and "closed" in str(answers[-1])
 
 
-def test_a_process_that_forgets_to_close_stores_what_it_has(tmp_path):
+@pytest.mark.parametrize("tiers", [1, 2])
+def test_a_process_that_forgets_to_close_stores_what_it_has(tmp_path, tiers):
     script = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from tier_store import *
 from kvcodec.backend import open_backend
-backend = open_backend(tier_url("file://{tmp_path}/store", mode="write_back"))
+url = "file://{tmp_path}/store"
+for _ in range({tiers}):
+    url = tier_url(url, mode="write_back")
+backend = open_backend(url)
 assert put(backend, *range(20)) == [None] * 20
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

@@ -202,20 +202,24 @@ class TierBackend(Backend):
 
 
 _tiers: dict[str, Tier] = {}
-_tiers_lock = threading.Lock()
+# Reentrant: the store behind a tier may be a tier.
+_tiers_lock = threading.RLock()
 
 
 def _after_fork() -> None:
     """In a child: locks may be held by threads that are not there, and pages are the parent's."""
     global _tiers_lock
-    _tiers_lock = threading.Lock()
+    _tiers_lock = threading.RLock()
     for tier in _tiers.values():
         tier.reset()
 
 
 def _at_exit() -> None:
-    """A process that ends without closing its backends still stores what it was given."""
-    for tier in list(_tiers.values()):
+    """A process that ends without closing its backends still stores what it was given.
+
+    The last first: a tier is noted after the tier that may be its store.
+    """
+    for tier in reversed(list(_tiers.values())):
         tier.writer.close(tier.options.flush_timeout_seconds)
 
 
