@@ -75,9 +75,11 @@ def strange(store: Backend) -> Backend:
             for buffer in buffers:
                 buffer[: len(buffer) // 2] = b"\xee" * (len(buffer) // 2)
             stop()
-            time.sleep(0.2)  # the process goes on with other threads first
-            for buffer in buffers:
-                buffer[:] = b"\xdd" * len(buffer)
+            # When it goes on, it writes for a while: long enough for whoever would use this memory.
+            for _ in range(100):
+                time.sleep(0.003)
+                for buffer in buffers:
+                    buffer[:] = b"\xdd" * len(buffer)
         return get_into(names, buffers, timeout_seconds=max(timeout_seconds, 10))
 
     def strange_put(names: Sequence[str], objects: Sequence[memoryview], *, timeout_seconds: float):
