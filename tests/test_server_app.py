@@ -28,6 +28,7 @@ from kvcodec_proto.v1 import service_pb2 as pb
 from kvcodec_proto.v1 import service_pb2_grpc as pb_grpc
 from kvcodec_server.app import SERVICE
 
+OTHER = f"{'a' * 32}/{'c' * 64}"
 TOKEN = "0123456789abcdef0123"
 
 
@@ -99,15 +100,23 @@ class TestServing:
             buffer = memoryview(bytearray(len(page)))
             assert store.get_into([NAME], [buffer], timeout_seconds=5) == [len(page)]
             assert buffer == page
+            assert store.exists([NAME, OTHER], timeout_seconds=5) == [True, False]
+            assert store.exists_prefix([NAME, OTHER], timeout_seconds=5) == 1
+            stored = list(Path(sidecar.socket.parent, "pages").rglob(NAME.partition("/")[2] + "*"))
+            assert store.delete([NAME, OTHER], timeout_seconds=5) == [True, False]
         finally:
             store.close()
         assert sidecar.metric('kvcodec_pages_total{op="put",result="ok"}') >= 1
         assert sidecar.metric('kvcodec_pages_total{op="get",result="ok"}') == 1
         assert sidecar.metric('kvcodec_bytes_total{kind="stored",op="get"}') == len(page)
         assert sidecar.metric('kvcodec_op_seconds_count{backend="tier+ram",op="get"}') == 1
+        assert sidecar.metric('kvcodec_pages_total{op="exists",result="ok"}') == 2
+        assert sidecar.metric('kvcodec_pages_total{op="exists",result="not_found"}') >= 2
+        assert sidecar.metric('kvcodec_pages_total{op="delete",result="ok"}') == 1
+        assert sidecar.metric('kvcodec_pages_total{op="delete",result="not_found"}') == 1
         # Memory lies in front of the store, and answered.
         assert sidecar.metric('kvcodec_tier_lookups_total{result="hit"}') >= 1
-        assert list(Path(sidecar.socket.parent, "pages").rglob(NAME.partition("/")[2] + "*"))
+        assert stored
 
     def test_pages_on_http(self, sidecar):
         assert sidecar.get("/healthz") == (200, "alive\n")

@@ -126,6 +126,14 @@ class TestCalls:
             assert value(metrics, "kvcodec_op_seconds_bucket", **labels) == count
         assert (CALL_SECONDS[0], CALL_SECONDS[-1]) == (0.0005, 10.0)
 
+    def test_codec_ratio_is_of_pages_encoded_here(self):
+        metrics = metrics_of()
+        metrics.observe("put", "ok", 0.01, 100, 25)
+        metrics.observe("put", "ok", 0.01, 0, 1000)  # came encoded
+        metrics.observe("get", "ok", 0.01, 1000, 0)  # went out decoded
+        assert value(metrics, "kvcodec_codec_bytes_total", kind="raw") == 100
+        assert value(metrics, "kvcodec_codec_bytes_total", kind="encoded") == 25
+
     def test_refusals_are_counted_by_reason(self):
         metrics = metrics_of()
         metrics.refused("token")

@@ -90,7 +90,7 @@ class Servicer(service_pb2_grpc.PageServiceServicer):
                     for outcome, view in zip(outcomes, views, strict=True):
                         if outcome.status == pb.STATUS_OK:
                             with_metadata(outcome, view[: outcome.length])
-            self._settle("get", call, outcomes, is_raw=raw is not None)
+            self._settle("get", call, outcomes, raw)
             return pb.GetResponse(outcomes=outcomes, unfinished=not finished)
 
     def Put(  # noqa: N802
@@ -107,7 +107,7 @@ class Servicer(service_pb2_grpc.PageServiceServicer):
             else:
                 results, finished = self.calls.put(names, views, call.seconds, lease.release).wait()
                 outcomes = list(map(put_outcome, results, map(len, views)))
-            self._settle("put", call, outcomes, is_raw=raw is not None)
+            self._settle("put", call, outcomes, raw)
             return pb.PutResponse(outcomes=outcomes, unfinished=not finished)
 
     # Anywhere
@@ -122,7 +122,7 @@ class Servicer(service_pb2_grpc.PageServiceServicer):
             try:
                 yield from stream.parts()
             finally:
-                self._settle("get", call, stream.outcomes, is_raw=request.HasField("raw"))
+                self._settle("get", call, stream.outcomes, stream.raw)
 
     def PutStream(  # noqa: N802
         self,
@@ -133,7 +133,7 @@ class Servicer(service_pb2_grpc.PageServiceServicer):
         with self._call("put_stream", context, stream=True) as call:
             stream = PutStream(self.calls, self.options, call.deadline)
             outcomes = stream.receive(request_iterator)
-            self._settle("put", call, outcomes, is_raw=stream.is_raw)
+            self._settle("put", call, outcomes, stream.raw)
             return pb.PutStreamResponse(outcomes=outcomes)
 
     # Names alone
@@ -145,7 +145,9 @@ class Servicer(service_pb2_grpc.PageServiceServicer):
         with self._call("exists", context) as call:
             self._check_count(request.names)
             names = list(map(check_name, request.names))
-            return pb.ExistsResponse(exists=self.calls.exists(names, call.seconds))
+            found = self.calls.exists(names, call.seconds)
+            self._count_found("exists", found.count(True), found.count(False))
+            return pb.ExistsResponse(exists=found)
 
     def ExistsPrefix(  # noqa: N802
         self, request: pb.ExistsPrefixRequest, context: grpc.ServicerContext
@@ -154,7 +156,9 @@ class Servicer(service_pb2_grpc.PageServiceServicer):
         with self._call("exists", context) as call:
             self._check_count(request.names)
             names = list(map(check_name, request.names))
-            return pb.ExistsPrefixResponse(count=self.calls.exists_prefix(names, call.seconds))
+            count = self.calls.exists_prefix(names, call.seconds)
+            self._count_found("exists", count, len(names) - count)
+            return pb.ExistsPrefixResponse(count=count)
 
     def Delete(  # noqa: N802
         self, request: pb.DeleteRequest, context: grpc.ServicerContext
@@ -163,7 +167,9 @@ class Servicer(service_pb2_grpc.PageServiceServicer):
         with self._call("delete", context) as call:
             self._check_count(request.names)
             names = list(map(check_name, request.names))
-            return pb.DeleteResponse(deleted=self.calls.delete(names, call.seconds))
+            deleted = self.calls.delete(names, call.seconds)
+            self._count_found("delete", deleted.count(True), deleted.count(False))
+            return pb.DeleteResponse(deleted=deleted)
 
     def Stat(  # noqa: N802
         self, request: pb.StatRequest, context: grpc.ServicerContext
@@ -203,7 +209,7 @@ class Servicer(service_pb2_grpc.PageServiceServicer):
             for name in request.names:
                 check_name(name)
             outcomes = [self._inspect(name, request.verify, call) for name in request.names]
-            self._settle("inspect", call, outcomes, is_raw=False)
+            self._settle("inspect", call, outcomes)
             return pb.InspectResponse(outcomes=outcomes)
 
     def Stats(  # noqa: N802
@@ -306,17 +312,27 @@ class Servicer(service_pb2_grpc.PageServiceServicer):
             )
 
     def _settle(
-        self, operation: str, call: _Call, outcomes: Sequence[pb.Outcome], *, is_raw: bool
+        self,
+        operation: str,
+        call: _Call,
+        outcomes: Sequence[pb.Outcome],
+        raw: RawPages | None = None,
     ) -> None:
         call.label = worst_label(outcomes)
-        moved = sum(outcome.length for outcome in outcomes if outcome.status == pb.STATUS_OK)
-        if is_raw and operation == "get":
-            call.raw_bytes = moved
-        else:
-            call.encoded_bytes = moved
+        lengths = [outcome.length for outcome in outcomes if outcome.status == pb.STATUS_OK]
+        if raw is not None:
+            call.raw_bytes = raw.layout.raw_bytes * len(lengths)
+        if raw is None or operation == "put":
+            call.encoded_bytes = sum(lengths)
         for status, amount in Counter(outcome.status for outcome in outcomes).items():
             name = pb.Status.Name(status).removeprefix("STATUS_").lower()
             self.calls.pipeline.counts.add(f"{operation}.{name}", amount)
+
+    def _count_found(self, operation: str, found: int, missing: int) -> None:
+        """Objects that were there and that were not, an unanswered question among the latter."""
+        for name, amount in (("ok", found), ("not_found", missing)):
+            if amount:
+                self.calls.pipeline.counts.add(f"{operation}.{name}", amount)
 
     def _inspect(self, name: str, verify: bool, call: _Call) -> pb.Outcome:
         left = max(0.0, call.deadline - time.monotonic())

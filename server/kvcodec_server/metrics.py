@@ -133,6 +133,12 @@ class Metrics:
             ("op", "kind"),
             registry=self.registry,
         )
+        self._codec_bytes = Counter(
+            "kvcodec_codec_bytes",
+            "Bytes before and after of pages that the sidecar encoded itself.",
+            ("kind",),
+            registry=self.registry,
+        )
         self._late = Counter(
             "kvcodec_deadline_exceeded",
             "Calls that ran out of time.",
@@ -161,6 +167,9 @@ class Metrics:
             self._bytes.labels(op, "logical").inc(raw_bytes)
         if encoded_bytes:
             self._bytes.labels(op, "stored").inc(encoded_bytes)
+        if raw_bytes and encoded_bytes:
+            self._codec_bytes.labels("raw").inc(raw_bytes)
+            self._codec_bytes.labels("encoded").inc(encoded_bytes)
         if outcome == "timeout":
             self._late.labels(op).inc()
 

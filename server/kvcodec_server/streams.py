@@ -63,9 +63,9 @@ class GetStream:
         self._calls = calls
         self._deadline = deadline
         self._with_metadata = request.with_metadata
-        self._raw: RawPages | None = None
+        self.raw: RawPages | None = None
         if request.HasField("raw"):
-            self._raw = RawPages(calls, request.raw, options.max_object_bytes)
+            self.raw = RawPages(calls, request.raw, options.max_object_bytes)
         else:
             for room in request.objects:
                 check_name(room.name)
@@ -124,8 +124,8 @@ class GetStream:
         ]
         names = [room.name for room in rooms]
         free = partial(buffers.release, buffer)
-        if self._raw is not None:
-            outcomes = self._raw.get(names, rows, self._left())
+        if self.raw is not None:
+            outcomes = self.raw.get(names, rows, self._left())
             return _Group(rows, None, outcomes, Countdown(1, free))
         release = Countdown(2, free)
         return _Group(rows, self._calls.get(names, rows, self._left(), release), [], release)
@@ -180,13 +180,8 @@ class PutStream:
         self._calls = calls
         self._options = options
         self._deadline = deadline
-        self._raw: RawPages | None = None
+        self.raw: RawPages | None = None
         self._answers: list[tuple[int, Pending[PutResult]] | pb.Outcome] = []
-
-    @property
-    def is_raw(self) -> bool:
-        """Whether pages came raw."""
-        return self._raw is not None
 
     def receive(
         self, requests: Iterator[tuple[pb.PutStreamRequest | None, memoryview]]
@@ -200,7 +195,7 @@ class PutStream:
         if message is None or not message.HasField("header"):
             raise ConfigError("a stream of objects begins with its header")
         if message.header.HasField("raw"):
-            self._raw = RawPages(self._calls, message.header.raw, self._options.max_object_bytes)
+            self.raw = RawPages(self._calls, message.header.raw, self._options.max_object_bytes)
         for message, chunk in requests:
             if message is None or not message.HasField("start"):
                 raise ConfigError("an object begins with its name and length")
@@ -214,7 +209,7 @@ class PutStream:
 
     def _object(self, start: pb.ObjectStart, received: Iterator[memoryview]) -> None:
         options, buffers = self._options, self._calls.pipeline.buffers
-        if self._raw is None:
+        if self.raw is None:
             check_name(start.name)
         if not 1 <= start.length <= options.max_object_bytes:
             raise ConfigError(
@@ -235,8 +230,8 @@ class PutStream:
         except BaseException:
             release()
             raise
-        if self._raw is not None:
-            self._answers += self._raw.put([start.name], [target], self._left(), release)
+        if self.raw is not None:
+            self._answers += self.raw.put([start.name], [target], self._left(), release)
         else:
             pending = self._calls.put([start.name], [target], self._left(), release)
             self._answers.append((start.length, pending))
