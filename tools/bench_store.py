@@ -18,6 +18,7 @@ import argparse
 import json
 import mmap
 import os
+import platform
 import shutil
 import statistics
 import tempfile
@@ -26,12 +27,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from kvcodec.backend import Backend, open_backend
+from kvcodec_backends._file_publish import file_system_type
 
 KIB, MIB = 1 << 10, 1 << 20
 CASES = (
@@ -227,16 +230,16 @@ def row_of(
     row: dict[str, object] = {"case": case, "page_bytes": page_bytes}
     for index, name in enumerate(("write", "read")):
         mine = [rate[index] for rate in rates[case]]
-        row[f"{name}_mb_per_s"] = [value / 1e6 for value in quartiles(mine)]
-        for other in {"disk", "files"} & rates.keys():
+        row[f"{name}_mb_per_s"] = [round(value / 1e6, 1) for value in quartiles(mine)]
+        for other in [reference for reference in ("disk", "files") if reference in rates]:
             ratios = [
                 rate / reference[index] for rate, reference in zip(mine, rates[other], strict=True)
             ]
-            row[f"{name}_to_{other}"] = quartiles(ratios)
+            row[f"{name}_to_{other}"] = [round(value, 3) for value in quartiles(ratios)]
     return row
 
 
-def draw(document: dict[str, object], picture: Path) -> None:
+def draw(document: dict[str, Any], picture: Path) -> None:
     """Rates with their quartiles, one panel per page size and direction."""
     import matplotlib
 
@@ -277,12 +280,22 @@ def main() -> None:
     options = parser.parse_args()
     console = Console()
     if options.directory is not None:
-        document: dict[str, object] = {
-            "threads": options.threads,
-            "mib": options.mib,
-            "rounds": options.rounds,
+        document: dict[str, Any] = {
+            "settings": {
+                "threads": options.threads,
+                "mib": options.mib,
+                "rounds": options.rounds,
+                "batch_pages": {str(size): count for size, count in PAGES.items()},
+            },
+            "machine": {
+                "cores": os.cpu_count(),
+                "kernel": platform.release().partition("-")[0],
+                "file_system": file_system_type(str(options.directory)),
+                "load": [round(os.getloadavg()[0], 1)],
+            },
             "rows": run(options, console),
         }
+        document["machine"]["load"].append(round(os.getloadavg()[0], 1))
         table = Table("pages", "case", "write MB/s", "of disk", "read MB/s", "of disk")
         for row in document["rows"]:
             cells = [f"{row['page_bytes'] // KIB} KiB", row["case"]]
