@@ -199,7 +199,7 @@ class PutStream:
         for message, chunk in requests:
             if message is None or not message.HasField("start"):
                 raise ConfigError("an object begins with its name and length")
-            self._object(message.start, chain([chunk], (more for _, more in requests)))
+            self._object(message.start, chain([chunk], _continued(requests)))
         return [
             answer
             if isinstance(answer, pb.Outcome)
@@ -238,6 +238,15 @@ class PutStream:
 
     def _left(self) -> float:
         return max(0.0, self._deadline - time.monotonic())
+
+
+def _continued(
+    requests: Iterator[tuple[pb.PutStreamRequest | None, memoryview]],
+) -> Iterator[memoryview]:
+    for message, chunk in requests:
+        if message is not None and (message.HasField("start") or message.HasField("header")):
+            raise ConfigError("an object begins before all of the one before it has come")
+        yield chunk
 
 
 def _fill(target: memoryview | None, start: pb.ObjectStart, received: Iterator[memoryview]) -> None:
