@@ -275,7 +275,7 @@ class TestEnd:
             grpc.insecure_channel(sidecar.target) as channel,
         ):
             assert health_of(channel) == "SERVING"
-            with call_under_way(sidecar, 3.0) as codes:
+            with call_under_way(sidecar, 2.0) as codes:
                 sidecar.signal(signal.SIGTERM)
                 until(lambda: health_of(channel) == "NOT_SERVING")
                 status, text = sidecar.get("/readyz")

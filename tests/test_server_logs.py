@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcodec_server.logs import start_logging
+from kvcodec_server.logs import Sparing, start_logging
 
 
 @pytest.fixture(autouse=True)
@@ -86,3 +86,33 @@ def test_broken_stream_does_not_raise():
     start_logging(logging.INFO, "json", stream)
     stream.close()
     logging.getLogger("kvcodec.test").info("nobody hears this")
+
+
+class TestLibraries:
+    """What other libraries log is said once a minute; kvcodec's own lines always."""
+
+    def lines(self, *records):
+        sparing, lines = Sparing(), []
+        for name, message, seconds in records:
+            record = logging.LogRecord(name, logging.ERROR, "", 0, message, (), None)
+            record.created = 1e9 + seconds
+            if sparing.filter(record):
+                lines.append((message, getattr(record, "left_out", 0)))
+        return lines
+
+    def test_the_same_again_is_left_out_and_counted(self):
+        records = [("otel", "away %s", second) for second in range(130)]
+        assert self.lines(*records) == [("away %s", 0), ("away %s", 59), ("away %s", 59)]
+
+    def test_another_message_or_library_is_heard(self):
+        records = [("otel", "a", 0), ("otel", "b", 1), ("grpc", "a", 2)]
+        assert len(self.lines(*records)) == 3
+
+    def test_own_lines_pass(self):
+        assert len(self.lines(*[("kvcodec.x", "a", 0)] * 100)) == 100
+
+    def test_memory_is_bounded(self):
+        sparing = Sparing()
+        for number in range(5000):
+            sparing.filter(logging.LogRecord("x", 40, "", 0, f"message {number}", (), None))
+        assert len(sparing._said) <= 1000

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 SERVICE = "kvcodec.v1.PageService"
 
 _ANSWER_SECONDS = 1.0
-_CLOSE_SECONDS = 2.0
+_CLOSE_SECONDS = 1.0
 _SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 

@@ -9,13 +9,16 @@ import time
 import traceback
 from typing import TextIO
 
-__all__ = ["JSONFormatter", "TextFormatter", "start_logging"]
+__all__ = ["JSONFormatter", "Sparing", "TextFormatter", "start_logging"]
 
 #: What every record has by itself; the rest of it came as `extra`.
 _OWN_FIELDS = frozenset(
     logging.LogRecord("", 0, "", 0, "", (), None).__dict__ | {"message": "", "asctime": ""}
 )
 _MAX_MESSAGE_CHARACTERS = 4000
+_SPARED_SECONDS = 60.0
+_MAX_KINDS = 1000
+_MAX_KIND_CHARACTERS = 200
 
 
 def _time_text(seconds: float) -> str:
@@ -61,6 +64,34 @@ class TextFormatter(logging.Formatter):
         return line
 
 
+class Sparing(logging.Filter):
+    """Lets a library say each thing once a minute, with the number of times in between.
+
+    kvcodec's own loggers spare themselves, where they know what is worth a line.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: dict[tuple[str, str], float] = {}
+        self._left_out: dict[tuple[str, str], int] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Part of the interface of `logging`, which calls it with the handler's lock held."""
+        if record.name.startswith("kvcodec"):
+            return True
+        kind = record.name, str(record.msg)[:_MAX_KIND_CHARACTERS]
+        if record.created - self._said.get(kind, 0.0) < _SPARED_SECONDS:
+            self._left_out[kind] = self._left_out.get(kind, 0) + 1
+            return False
+        if len(self._said) >= _MAX_KINDS:
+            self._said.clear()
+            self._left_out.clear()
+        self._said[kind] = record.created
+        if left_out := self._left_out.pop(kind, 0):
+            record.left_out = left_out
+        return True
+
+
 def start_logging(level: int, form: str, stream: TextIO | None = None) -> None:
     """Send every logger's records of at least `level` to stderr, in place of what was set up.
 
@@ -68,6 +99,7 @@ def start_logging(level: int, form: str, stream: TextIO | None = None) -> None:
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JSONFormatter() if form == "json" else TextFormatter())
+    handler.addFilter(Sparing())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
