@@ -274,10 +274,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--mib", type=int, default=512, help="bytes per case and page size")
     parser.add_argument("--threads", type=int, default=4)
-    parser.add_argument("--cases", default=",".join(CASES), help="the first is the reference")
+    parser.add_argument("--cases", default=",".join(CASES), help="disk among them")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path, help="draw what --json holds")
     options = parser.parse_args()
+    if options.rounds < 2 or "disk" not in options.cases.split(","):
+        parser.error("quartiles need two rounds, and ratios the case disk")
     console = Console()
     if options.directory is not None:
         document: dict[str, Any] = {
