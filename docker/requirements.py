@@ -6,8 +6,9 @@ So that the image installs them before it copies the sources, which change more 
 """
 
 import sys
-import tomllib
 from pathlib import Path
+
+import tomllib
 
 __all__: list[str] = []
 
