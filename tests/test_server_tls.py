@@ -7,15 +7,18 @@ import shutil
 import signal
 import subprocess
 import time
+from functools import partial
 
 import grpc
 import pytest
-from sidecar_process import Authority, SidecarProcess, exists, health_of, until
+from sidecar_process import NAME, Authority, SidecarProcess, exists, health_of, until
 
-from kvcodec.errors import ConfigError
+from kvcodec.backend import open_backend
+from kvcodec.errors import BackendError, ConfigError
 from kvcodec.log import RateLimitedLog
+from kvcodec_proto.v1 import service_pb2 as pb
 from kvcodec_server.access import read_tokens
-from kvcodec_server.app import logger
+from kvcodec_server.app import SERVICE, logger
 from kvcodec_server.tls import CertificateFiles, Certificates, not_after_seconds
 
 TOKEN, OTHER_TOKEN = "0123456789abcdef-one", "0123456789abcdef-two"
@@ -120,6 +123,45 @@ class TestClients:
         for token in ("", "0123456789abcdef", TOKEN[:-1], TOKEN + "x"):
             assert ask(sidecar, authority, (authority, "client"), token) == "UNAUTHENTICATED"
         assert sidecar.metric('kvcodec_refused_calls_total{reason="token"}') >= 4
+
+    def test_every_method_asks_for_the_token(self, sidecar, authority):
+        methods = pb.DESCRIPTOR.services_by_name["PageService"].methods
+        assert len(methods) > 8
+        with channel_to(sidecar, authority, (authority, "client")) as channel:
+            for method in methods:
+                path = f"/{SERVICE}/{method.name}"
+                if method.client_streaming:
+                    call = partial(channel.stream_unary(path), iter([b""]))
+                elif method.server_streaming:
+                    call = partial(self.drained, channel.unary_stream(path))
+                else:
+                    call = partial(channel.unary_unary(path), b"")
+                with pytest.raises(grpc.RpcError) as caught:
+                    call(timeout=5)
+                assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED, method.name
+
+    def drained(self, stream, timeout):
+        return list(stream(b"", timeout=timeout))
+
+    def test_store_url_has_all_of_it(self, sidecar, authority, installed):
+        """What an engine elsewhere writes; and without the token it finds nothing."""
+        url = f"sidecar://{sidecar.target}?tls=1&ca_file={authority.certificate}"
+        url += "".join(
+            f"&{name}_file={authority.directory / file}"
+            for name, file in (("certificate", "client.pem"), ("key", "client.key"))
+        )
+        page, buffer = memoryview(b"page"), memoryview(bytearray(4))
+        for token, result in ((f"&token_file={installed / 'tokens'}", None), ("", BackendError)):
+            store = open_backend(url + token)
+            try:
+                (answer,) = store.put([NAME], [page], timeout_seconds=5)
+                assert answer is None if result is None else type(answer) is result
+                assert store.exists([NAME], timeout_seconds=5) == [result is None]
+                if result is None:
+                    assert store.get_into([NAME], [buffer], timeout_seconds=5) == [4]
+                    assert buffer == page
+            finally:
+                store.close()
 
     def test_health_needs_a_certificate_and_no_token(self, sidecar, authority):
         with channel_to(sidecar, authority, (authority, "stranger")) as channel:
