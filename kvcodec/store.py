@@ -30,6 +30,7 @@ _CHUNK_BYTES = 2 << 20
 _MAX_CHUNK_PAGES = 32
 _CLEAR_TIMEOUT_SECONDS = 60.0
 _REMEMBERED_NAMES = 65536
+_ROW_ALIGNMENT = 4096
 
 T = TypeVar("T")
 
@@ -59,7 +60,9 @@ class PageStore:
         self._rewrite: OrderedDict[str, None] = OrderedDict()
         for checked in (spec, self.protected_spec):
             check_spec(checked, self.layout, pipeline.options.minimum_bits)
-        self._row_bytes = max(self.plan(which, MAX_KEY_BYTES).page_bytes for which in self._specs)
+        page_bytes = max(self.plan(which, MAX_KEY_BYTES).page_bytes for which in self._specs)
+        # Rows at memory pages: a disk reads into those, and writes from them, without a copy.
+        self._row_bytes = -(-page_bytes // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
         if 2 * self._row_bytes > pipeline.options.buffer_bytes:
             raise ConfigError(
                 f"buffer_bytes is {pipeline.options.buffer_bytes}; two pages of this layout take "
