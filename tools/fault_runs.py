@@ -46,8 +46,8 @@ def main() -> None:
                 {
                     "scenario": name,
                     "calls": outcome.calls,
-                    "pages_hit": outcome.hits,
-                    "pages_missed": outcome.misses,
+                    "pages_yes": outcome.hits,
+                    "pages_no": outcome.misses,
                     "wrong_pages": outcome.wrong_pages,
                     "exceptions": outcome.exceptions,
                     "latest_seconds_after_deadline": outcome.latest,
@@ -57,13 +57,13 @@ def main() -> None:
             )
             progress.advance(task)
     table = Table(
-        *("fault in every call", "calls", "pages: hit", "missed", "wrong", "exceptions"),
+        *("fault in every call", "calls", "pages: yes", "no", "wrong", "exceptions"),
         *("latest end after deadline", "recovers"),
     )
     for row in rows:
         latest = 1000 * float(str(row["latest_seconds_after_deadline"]))
         table.add_row(
-            *(str(row[key]) for key in ("scenario", "calls", "pages_hit", "pages_missed")),
+            *(str(row[key]) for key in ("scenario", "calls", "pages_yes", "pages_no")),
             *(str(row["wrong_pages"]), str(row["exceptions"])),
             *(f"{latest:.0f} ms", "yes" if row["recovered"] else "no"),
         )
