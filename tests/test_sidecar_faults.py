@@ -145,7 +145,7 @@ def test_no_page_is_wrong_while_a_sidecar_stops_in_the_middle_of_copies(sidecar)
     )
     rows = [np.stack([array] * (len(keys) + 1)) for array in case.rows()]
     views = PageViews.of_arrays(layout, rows)
-    url = sidecar.unix_url + "?region_bytes=2MiB"
+    url = sidecar.unix_url + "?region_bytes=4MiB"
     options = StoreOptions(
         buffer_bytes=1 << 20,
         exists_timeout_seconds=2,

@@ -78,7 +78,7 @@ class LocalDoor:
                 if item.slot is not None and isinstance(result, int) and result <= len(item.view):
                     _copy(item.view[:result], item.slot.bytes[:result])
                 results.append(result)
-            group.clear()
+            _free(group)
         return results
 
     def put(self, pairs: Sequence[tuple[str, memoryview]], deadline: Deadline) -> list[PutResult]:
@@ -93,7 +93,7 @@ class LocalDoor:
                     _copy(item.slot.bytes, item.view)
             for answer in self._call("Put", pb.PutRequest, group, deadline):
                 results.append(answer if isinstance(answer, BackendError) else put_result(answer))
-            group.clear()
+            _free(group)
         return results
 
     def close(self) -> None:
@@ -113,12 +113,14 @@ class LocalDoor:
             if group and (placed is None or len(group) == _OBJECTS_PER_CALL):
                 yield group
                 group = []
-            placed = placed or self._place(name, view, deadline.remaining_seconds())
+            if placed is None and len(view) <= self.region.size:
+                placed = self._place(name, view, deadline.remaining_seconds())
             if placed is None:
                 if group:
                     yield group
                     group = []
-                yield BackendTimeout(
+                kind = BackendTimeout if len(view) <= self.region.size else BackendError
+                yield kind(
                     f"no room for {len(view)} bytes in the region of {self.region.size}: raise "
                     f"region_bytes"
                 )
@@ -168,7 +170,7 @@ class LocalDoor:
             if not finished:
                 self._count("calls_in_doubt")
                 parts = [(item.offset, item.size) for item in group]
-                session.doubt(call_id, parts, [*group])
+                session.doubt(call_id, parts, [(item.view, item.slot) for item in group])
         return answers
 
 
@@ -176,6 +178,13 @@ def as_backend_error(error: grpc.RpcError) -> BackendError:
     """Why a call failed. What only a caller can have done wrong was checked before."""
     found = error_of_call(error)
     return found if isinstance(found, BackendError) else BackendError(str(found))
+
+
+def _free(group: list[_Placed]) -> None:
+    """Give the slots of a group back, whoever still has one of its objects in a variable."""
+    for item in group:
+        item.slot = None
+    group.clear()
 
 
 def _copy(target: memoryview, source: memoryview) -> None:

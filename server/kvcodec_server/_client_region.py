@@ -47,8 +47,11 @@ class ClientRegion:
         return self._array[offset : offset + size].data
 
     def lend(self, size: int) -> memoryview | None:
-        """A part for staging, freed when the last view of it is gone; None if there is no room."""
-        offset = self.ranges.take(size)
+        """A part for staging, freed when the last view of it is gone; None if there is no room.
+
+        A quarter is never lent: objects that lie elsewhere need slots.
+        """
+        offset = self.ranges.take(size, leave=self.size // 4)
         if offset is None:
             return None
         # The array is what every view of the part keeps alive.

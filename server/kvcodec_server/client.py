@@ -35,7 +35,7 @@ from kvcodec_server._client_remote import RemoteDoor
 
 __all__ = ["DEFAULT_REGION_BYTES", "SidecarBackend"]
 
-#: Room for the staging buffers of a pipeline with its usual 256 MiB, and as much for the rest.
+#: Room for the staging buffers of a pipeline with its usual 256 MiB, and for objects elsewhere.
 DEFAULT_REGION_BYTES = 512 << 20
 
 _NAMES_PER_CALL = 1000
@@ -81,9 +81,10 @@ class SidecarBackend(Backend):
     def from_url(cls, url: str, *, create: bool = True) -> SidecarBackend:
         """A client of the sidecar a URL names, which need not be there yet."""
         del create  # a store is made by its sidecar
-        if url.partition("://")[0] == "sidecar+unix":
-            return cls._of_unix(url)
-        return cls._of_target(url)
+        scheme = url.partition("://")[0].lower()
+        if scheme not in ("sidecar", "sidecar+unix"):
+            raise ConfigError(f"{display_url(url)!r}: known are sidecar:// and sidecar+unix://")
+        return cls._of_unix(url) if scheme == "sidecar+unix" else cls._of_target(url)
 
     @classmethod
     def _of_unix(cls, url: str) -> SidecarBackend:

@@ -23,15 +23,18 @@ class Ranges:
         self._freed: deque[tuple[int, int]] = deque()
         self._lock = threading.Lock()
 
-    def take(self, size: int, timeout_seconds: float = 0.0) -> int | None:
-        """The offset of a part of at least `size` bytes, None if none comes free in time."""
+    def take(self, size: int, timeout_seconds: float = 0.0, *, leave: int = 0) -> int | None:
+        """The offset of a part of at least `size` bytes, None if none comes free in time. At least
+        `leave` bytes stay free beside it.
+        """
         wanted = aligned(size)
         deadline = time.monotonic() + timeout_seconds
         while True:
             with self._lock:
                 self._settle()
+                free = sum(length for _, length in self._free) - leave
                 for index, (start, length) in enumerate(self._free):
-                    if length >= wanted:
+                    if wanted <= min(length, free):
                         rest = (start + wanted, length - wanted)
                         self._free[index : index + 1] = [rest] if rest[1] else []
                         return start
