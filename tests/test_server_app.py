@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -264,7 +265,8 @@ while (answer := store.put([sys.argv[2]], [memoryview(b"page")], timeout_seconds
                 text=True,
             )
         assert (run.returncode == 0) == served, run.stderr
-        assert served or "65534" in run.stderr
+        # Not by the permissions of the socket, which are open; the reason may be lost on the way.
+        assert served or re.match("BackendError: .*(65534|reset)", run.stderr)
 
 
 class TestEnd:
