@@ -313,7 +313,7 @@ class TestEnd:
             sidecar.signal(signal.SIGTERM)
             until(lambda: "draining" in sidecar.messages())
             sidecar.signal(signal.SIGTERM)
-            assert sidecar.wait(5) == -signal.SIGTERM
+            assert sidecar.wait(5) == 128 + signal.SIGTERM
 
     def test_killed_sidecar_is_replaced_on_the_same_socket(self, tmp_path):
         with SidecarProcess(tmp_path) as sidecar:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -55,6 +56,9 @@ def serve(configuration: Configuration, reread: Callable[[], Configuration]) -> 
         while signal.sigwait(_SIGNALS) == signal.SIGHUP:
             sidecar.reload(reread)
     finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # Not the kernel's way out, which the first process of a container does not have.
+            signal.signal(number, _end_at_once)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
         ended = sidecar.stop()
     return ended
@@ -258,6 +262,10 @@ class Sidecar:
         self._gate.reload(tokens, settings.tls.client_names)
         logging.getLogger().setLevel(settings.log_level)
         return merged, changed - reloadable
+
+
+def _end_at_once(number: int, _: object) -> None:
+    os._exit(128 + number)
 
 
 def _store_url(settings: Settings) -> str:
