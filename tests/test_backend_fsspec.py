@@ -252,6 +252,43 @@ def test_where_a_move_replaces_nothing_the_old_object_goes_first(
     assert get(backend, NAMES[0]) == b"second"
 
 
+def test_a_directory_that_somebody_else_just_made_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """SFTP answers "Failure" then, whatever it was asked to take for granted."""
+    backend = open_backend(f"fsspec+moving://{tmp_path}/store")
+
+    def makedirs(self: object, path: str, **_: Any) -> None:
+        os.makedirs(path, exist_ok=True)
+        raise OSError("Failure")
+
+    monkeypatch.setattr(MovingFileSystem, "makedirs", makedirs)
+    assert put(backend, NAMES, b"data") == [None] * len(NAMES)
+
+
+def test_each_thread_has_a_file_system_of_its_own(tmp_path: Path):
+    """Not every client library may be called from several threads at once."""
+    users: dict[int, set[int]] = {}
+
+    class Noting(MovingFileSystem):
+        protocol: ClassVar[str] = "noting"
+
+        def info(self, path: str, **options: Any) -> Any:
+            users.setdefault(id(self), set()).add(threading.get_ident())
+            time.sleep(0.01)
+            return super().info(path.removeprefix("noting://"), **options)
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return super()._strip_protocol(path.removeprefix("noting://"))
+
+    fsspec.register_implementation("noting", Noting, clobber=True)
+    backend = open_backend(f"fsspec+noting://{tmp_path}/store")
+    backend.exists(NAMES, timeout_seconds=10)
+    assert len(users) > 1
+    assert all(len(threads) == 1 for threads in users.values())
+
+
 def test_calls_that_hang_cost_no_call_after_them(tmp_path: Path):
     """Their threads hang too; what waits for a thread is dropped when its caller has gone."""
     backend = open_backend(f"fsspec+moving://{tmp_path}/store")

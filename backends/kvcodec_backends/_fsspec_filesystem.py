@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import itertools
 import os
+import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypeVar, cast
@@ -28,7 +29,8 @@ _MORE_OPTIONS = dict.fromkeys(
 _OWN = frozenset(
     {"self", "args", "kwargs", "use_listings_cache", "skip_instance_cache", "asynchronous", "loop"}
 )
-_THREAD_COUNT = 16
+#: And as many connections.
+_THREAD_COUNT = 8
 #: A thread that is in one call for so long is replaced.
 _STUCK_SECONDS = 60.0
 _MODIFIED = ("mtime", "LastModified", "last_modified", "modified", "updated", "created")
@@ -106,19 +108,29 @@ class FilesystemClient(Client):
             try:
                 await self._call("pipe_file", temporary, data)
             except FileNotFoundError:
-                await self._call("makedirs", f"{self._root}/tmp", exist_ok=True)
+                await self._make_directory(f"{self._root}/tmp")
                 await self._call("pipe_file", temporary, data)
             await self._move(temporary, target)
         except BaseException:
             self._discard(temporary)
             raise
 
+    async def _make_directory(self, path: str) -> None:
+        for _ in range(path.count("/") + 1):
+            try:
+                await self._call("makedirs", path, exist_ok=True)
+            except OSError:
+                # Somebody was quicker with one of the directories on the way, for which SFTP has no
+                # word of its own. What is tried next says what is wrong.
+                continue
+            return
+
     async def _move(self, temporary: str, target: str) -> None:
         move = "mv_file" if self._kind.async_impl else "mv"
         try:
             await self._call(move, temporary, target)
         except FileNotFoundError:
-            await self._call("makedirs", target.rpartition("/")[0], exist_ok=True)
+            await self._make_directory(target.rpartition("/")[0])
             await self._call(move, temporary, target)
         except OSError:
             # FTP, SMB and HDFS do not move to a name that is taken.
@@ -182,12 +194,14 @@ class FilesystemClient(Client):
     def close(self) -> None:
         """Let the threads end."""
         self._threads.close(0.0)
+        self._own = threading.local()
         self._filesystem = None
 
     def after_fork(self) -> None:
         """Start afresh."""
         self._token = os.urandom(4).hex()
         self._threads = IOThreads(_THREAD_COUNT, limit=1024)
+        self._own = threading.local()
         self._filesystem = None
 
     async def _call(self, method: str, *arguments: object, **options: object) -> object:
@@ -202,16 +216,20 @@ class FilesystemClient(Client):
         return await getattr(self._filesystem, f"_{method}")(*arguments, **options)
 
     def _sync_filesystem(self) -> Any:  # noqa: ANN401 - fsspec is not typed
-        if self._filesystem is None:
-            # Two threads may make one each; the second is the one that stays.
-            self._filesystem = self._make()
-        return self._filesystem
+        # One for each thread: not every client library may be called from several (paramiko loses
+        # answers then, and waits for them for ever).
+        if not hasattr(self._own, "filesystem"):
+            self._own.filesystem = self._make()
+        return self._own.filesystem
 
     def _make(self, **options: object) -> Any:  # noqa: ANN401 - fsspec is not typed
-        # What another process wrote is not in a listing from before, and instances that are shared
-        # would be shared with somebody's other settings.
-        options |= {"use_listings_cache": False, "skip_instance_cache": True}
-        return self._kind(**self._storage_options, **options)
+        # An instance that is shared would be shared with somebody's other settings.
+        made = self._kind(**self._storage_options, **options, skip_instance_cache=True)
+        # What another process wrote is not in a listing from before. As an argument it would go on
+        # to whatever library some file systems hand all their arguments to.
+        if hasattr(made, "dircache"):
+            made.dircache.use_listings_cache = False
+        return made
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         loop = asyncio.get_running_loop()
