@@ -16,16 +16,14 @@ def sidecar(tmp_path_factory):
 
 
 class SidecarTests(BackendTests):
-    keeps_objects = True
     model_examples = 8
-    query = ""
 
     @pytest.fixture(autouse=True)
     def _server(self, sidecar):
         self.sidecar = sidecar
 
     def open_backend(self):
-        return SidecarBackend.from_url(self.url() + self.query)
+        return SidecarBackend.from_url(self.url())
 
     def url_with_unknown_option(self):
         return SidecarBackend, self.url() + "?colour=green"
@@ -35,15 +33,6 @@ class SidecarTests(BackendTests):
 
 
 class TestSharedMemory(SidecarTests):
-    def url(self):
-        return self.sidecar.unix_url
-
-
-class TestSmallRegion(SidecarTests):
-    """Batches that do not fit at once."""
-
-    query = "?region_bytes=16MiB"
-
     def url(self):
         return self.sidecar.unix_url
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 
 import grpc
+import numpy as np
 
 from kvcodec.backend import Deadline, GetResult, PutResult
 from kvcodec.errors import BackendError
@@ -111,7 +112,8 @@ def _read(
         return result
     at = 0
     while chunk and at + len(chunk) <= result:
-        view[at : at + len(chunk)] = chunk
+        target = np.frombuffer(view, np.uint8)  # an assignment to the view would hold the GIL
+        target[at : at + len(chunk)] = np.frombuffer(chunk, np.uint8)
         at += len(chunk)
         if at == result:
             return result

@@ -115,13 +115,17 @@ class StoreCalls:
         targets: Sequence[memoryview],
         seconds: float,
         done: Callable[[], None],
+        then: Callable[[Sequence[GetResult]], None] = lambda _: None,
     ) -> Pending[GetResult]:
         """Read objects. `done` is called once, when the store touches the targets no more: that may
-        be long after the call was given up.
+        be long after the call was given up. What was read can be worked on by `then`, before that
+        and on the same thread.
         """
 
         def call(left: float) -> Sequence[GetResult]:
-            return self._store.get_into(names, targets, timeout_seconds=left)
+            results = self._store.get_into(names, targets, timeout_seconds=left)
+            then(results)
+            return results
 
         return self._start("get", self.pipeline.reads, len(names), call, _same, seconds, done)
 
@@ -131,10 +135,14 @@ class StoreCalls:
         sources: Sequence[memoryview],
         seconds: float,
         done: Callable[[], None],
+        first: Callable[[], None] = lambda: None,
     ) -> Pending[PutResult]:
-        """Store objects; `done` as for `get`."""
+        """Store objects; `done` as for `get`. They can be put together by `first`, on the thread
+        that then stores them.
+        """
 
         def call(left: float) -> Sequence[PutResult]:
+            first()
             return self._store.put(names, sources, timeout_seconds=left)
 
         return self._start("put", self.pipeline.writes, len(names), call, _same, seconds, done)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 
+import numpy as np
+
 from kvcodec.backend import GetResult, PutResult, check_name
-from kvcodec.errors import BackendTimeout, ConfigError, KVCodecError
+from kvcodec.errors import BackendError, BackendTimeout, ConfigError, KVCodecError
 from kvcodec.format import EncodedPage
 from kvcodec_proto.v1 import service_pb2 as pb
 from kvcodec_server._frames import chunks, get_part
@@ -23,6 +25,9 @@ __all__ = ["GetStream", "PutStream", "with_metadata"]
 
 # Staging memory comes in few sizes, so that it is used again.
 _LEAST_STAGING_BYTES = 1 << 20
+# Up to this size what a thread does for an object leaves the caller's free to talk to the network;
+# larger ones would take memory twice.
+_SMALL_BYTES = 8 << 20
 # Objects that are read together, while as many are sent: more of them leave the processor's cache.
 _GROUP_OBJECTS = 2
 
@@ -41,11 +46,12 @@ def _staging_bytes(size: int) -> int:
 
 @dataclass(slots=True)
 class _Group:
-    """Some objects on their way from the store."""
+    """Some objects on their way from the store, and what is ready to be sent of them."""
 
     rows: list[memoryview]
     pending: Pending[GetResult] | None
     outcomes: list[pb.Outcome]
+    parts: dict[int, list[bytes]]
     release: Countdown
 
 
@@ -89,9 +95,13 @@ class GetStream:
                 if group is not None and index + 1 < len(self._groups):
                     # Who has memory does not wait for more: others might wait for his.
                     ahead = self._start(self._groups[index + 1], 0.0)
-                rows = [memoryview(b"")] * len(rooms) if group is None else group.rows
-                for outcome, row in zip(outcomes, rows, strict=True):
-                    yield from self._object(outcome, row)
+                for place, outcome in enumerate(outcomes):
+                    self.outcomes.append(outcome)
+                    if group is None or outcome.status != pb.STATUS_OK:
+                        yield pb.GetStreamResponse(outcome=outcome)
+                    else:
+                        row = group.rows[place][: outcome.length]
+                        yield from group.parts.get(place) or _parts(outcome, row)
             except BaseException:
                 if ahead is not None:
                     ahead.release()
@@ -99,17 +109,6 @@ class GetStream:
             finally:
                 if group is not None:
                     group.release()
-
-    def _object(
-        self, outcome: pb.Outcome, row: memoryview
-    ) -> Iterator[pb.GetStreamResponse | bytes]:
-        self.outcomes.append(outcome)
-        message = pb.GetStreamResponse(outcome=outcome)
-        if outcome.status != pb.STATUS_OK:
-            yield message
-            return
-        for index, chunk in enumerate(chunks(row[: outcome.length])):
-            yield get_part(None if index else message, chunk)
 
     def _start(self, rooms: Sequence[pb.ObjectRoom], seconds: float) -> _Group | None:
         """Begin to read a group; None if there is no memory for it in that time."""
@@ -126,9 +125,23 @@ class GetStream:
         free = partial(buffers.release, buffer)
         if self.raw is not None:
             outcomes = self.raw.get(names, rows, self._left())
-            return _Group(rows, None, outcomes, Countdown(1, free))
+            return _Group(rows, None, outcomes, {}, Countdown(1, free))
+        outcomes = [pb.Outcome() for _ in rooms]
+        parts: dict[int, list[bytes]] = {}
         release = Countdown(2, free)
-        return _Group(rows, self._calls.get(names, rows, self._left(), release), [], release)
+
+        def prepare(results: Sequence[GetResult]) -> None:
+            for place, (result, row) in enumerate(zip(results, rows, strict=True)):
+                outcome = outcomes[place] = get_outcome(result, len(row))
+                if outcome.status == pb.STATUS_OK:
+                    page = row[: outcome.length]
+                    if self._with_metadata:
+                        with_metadata(outcome, page)
+                    if outcome.length <= _SMALL_BYTES:
+                        parts[place] = list(_parts(outcome, page))
+
+        pending = self._calls.get(names, rows, self._left(), release, prepare)
+        return _Group(rows, pending, outcomes, parts, release)
 
     def _settle(self, group: _Group | None, rooms: Sequence[pb.ObjectRoom]) -> list[pb.Outcome]:
         if group is None:
@@ -136,17 +149,20 @@ class GetStream:
         if group.pending is None:
             return group.outcomes
         results, _ = group.pending.wait()
-        outcomes = [
-            get_outcome(result, room.capacity) for result, room in zip(results, rooms, strict=True)
+        return [
+            outcome_of(result) if isinstance(result, BackendError) else outcome
+            for result, outcome in zip(results, group.outcomes, strict=True)
         ]
-        if self._with_metadata:
-            for outcome, row in zip(outcomes, group.rows, strict=True):
-                if outcome.status == pb.STATUS_OK:
-                    with_metadata(outcome, row[: outcome.length])
-        return outcomes
 
     def _left(self) -> float:
         return max(0.0, self._deadline - time.monotonic())
+
+
+def _parts(outcome: pb.Outcome, data: memoryview) -> Iterator[bytes]:
+    """An object as it is sent."""
+    message = pb.GetStreamResponse(outcome=outcome)
+    for index, chunk in enumerate(chunks(data)):
+        yield get_part(None if index else message, chunk)
 
 
 def _grouped(
@@ -220,21 +236,27 @@ class PutStream:
             raise ConfigError(f"more than {options.max_objects} objects in a call (max_objects)")
         buffer = buffers.acquire(_staging_bytes(start.length), self._left())
         if buffer is None:
-            _fill(None, start, received)
+            for _ in _whole(start, received):
+                pass
             self._answers.append(outcome_of(_no_memory()))
             return
         release = partial(buffers.release, buffer)
         target = buffer.data[: start.length]
+        late: list[memoryview] = []
         try:
-            _fill(target, start, received)
+            if self.raw is None and start.length <= _SMALL_BYTES:
+                late = list(_whole(start, received))
+            else:
+                _fill(target, _whole(start, received))
         except BaseException:
             release()
             raise
         if self.raw is not None:
             self._answers += self.raw.put([start.name], [target], self._left(), release)
-        else:
-            pending = self._calls.put([start.name], [target], self._left(), release)
-            self._answers.append((start.length, pending))
+            return
+        first = partial(_fill, target, late)
+        pending = self._calls.put([start.name], [target], self._left(), release, first)
+        self._answers.append((start.length, pending))
 
     def _left(self) -> float:
         return max(0.0, self._deadline - time.monotonic())
@@ -249,17 +271,22 @@ def _continued(
         yield chunk
 
 
-def _fill(target: memoryview | None, start: pb.ObjectStart, received: Iterator[memoryview]) -> None:
-    """Put an object together; without a target its bytes are passed over."""
+def _whole(start: pb.ObjectStart, received: Iterator[memoryview]) -> Iterator[memoryview]:
+    """The chunks of one object. Raises `ConfigError` if they are not all of it, and no more."""
     at = 0
     for chunk in received:
-        if not chunk or at + len(chunk) > start.length:
-            raise ConfigError(
-                f"object {start.name} of {start.length} bytes: after {at} came {len(chunk)}"
-            )
-        if target is not None:
-            target[at : at + len(chunk)] = chunk
         at += len(chunk)
+        if not chunk or at > start.length:
+            raise ConfigError(f"object {start.name} of {start.length} bytes: {at} came")
+        yield chunk
         if at == start.length:
             return
     raise ConfigError(f"object {start.name} of {start.length} bytes was cut off after {at}")
+
+
+def _fill(target: memoryview, parts: Iterable[memoryview]) -> None:
+    """Put an object together; not under the GIL."""
+    array, at = np.frombuffer(target, np.uint8), 0
+    for part in parts:
+        array[at : at + len(part)] = np.frombuffer(part, np.uint8)
+        at += len(part)
