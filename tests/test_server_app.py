@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import socket
 import stat
@@ -242,7 +241,7 @@ from kvcodec.backend import open_backend
 import redis, kvcodec_server.client, kvcodec_server.service  # what he could not read later
 store = open_backend(sys.argv[1])
 os.setuid(65534)
-deadline = time.monotonic() + 3
+deadline = time.monotonic() + 1.5
 while (answer := store.put([sys.argv[2]], [memoryview(b"page")], timeout_seconds=1)[0]):
     if time.monotonic() > deadline:
         sys.exit(f"{type(answer).__name__}: {answer}")
@@ -265,8 +264,8 @@ while (answer := store.put([sys.argv[2]], [memoryview(b"page")], timeout_seconds
                 text=True,
             )
         assert (run.returncode == 0) == served, run.stderr
-        # Not by the permissions of the socket, which are open; the reason may be lost on the way.
-        assert served or re.match("BackendError: .*(65534|reset)", run.stderr)
+        # Not by the permissions of the socket, which are open.
+        assert served or "uid 65534 may not use this sidecar" in run.stderr
 
 
 class TestEnd:

@@ -211,9 +211,14 @@ class Link:
                     if time.monotonic() >= deadline:
                         raise BackendError("the sidecar takes no connection") from None
             hello = wire.pack_hello(self._region.size)
-            socket.send_fds(connection, [hello], [self._region.descriptor])
+            # A client that is refused unheard finds the reason behind the error of the connection.
+            with suppress(BrokenPipeError, ConnectionResetError):
+                socket.send_fds(connection, [hello], [self._region.descriptor])
             self._wait([connection], deadline)
-            answer = connection.recv(wire.MAX_PACKET_BYTES)
+            try:
+                answer = connection.recv(wire.MAX_PACKET_BYTES)
+            except ConnectionResetError:
+                answer = connection.recv(wire.MAX_PACKET_BYTES)
             if answer[:1] != bytes([wire.WELCOME]):
                 reason = answer[1:].decode(errors="replace") or "it closed the connection"
                 raise BackendError(f"the sidecar refuses this client: {reason}")
