@@ -117,7 +117,7 @@ fsspec.register_implementation("coroutines", AsyncFileSystemInMemory, clobber=Tr
 
 
 class TestMemory(BackendTests):
-    model_examples = 10
+    model_examples = 5
 
     @pytest.fixture(autouse=True)
     def _store(self, tmp_path: Path) -> None:
