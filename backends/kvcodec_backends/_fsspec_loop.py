@@ -45,14 +45,15 @@ class RequestLoop:
         late = BackendTimeout(f"no answer within {timeout_seconds:g} s")
         try:
             future = self._submit(self._gathered(calls, timeout_seconds, late))
+        except BackendError as closed:
+            return [closed] * len(calls)
+        try:
             return future.result(timeout_seconds + _GRACE_SECONDS)
         except concurrent.futures.TimeoutError:
             future.cancel()
             return [late] * len(calls)
         except concurrent.futures.CancelledError:
             return [BackendError("closed meanwhile")] * len(calls)
-        except BackendError as closed:
-            return [closed] * len(calls)
 
     def iterate(self, items: Callable[[], AsyncIterator[T]]) -> Iterator[T]:
         """What an asynchronous iterator yields, one item for each step. Raises `BackendError` once
