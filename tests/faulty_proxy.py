@@ -1,10 +1,11 @@
 """A TCP proxy that can be told to fail: what networks and servers do when they are not well.
 
-    with FaultyProxy("127.0.0.1", server_port) as proxy:
-        ...                                    # proxy.port passes everything on
-        proxy.rate = 10_000                    # bytes per second and direction; 0: a black hole
-        proxy.rate = None                      # as fast as it goes
-        proxy.cut()                            # resets all connections that are open
+with FaultyProxy("127.0.0.1", server_port) as proxy:
+    ...                                    # proxy.port passes everything on
+    proxy.rate = 10_000                    # bytes per second and direction; 0: a black hole
+    proxy.rate = None                      # as fast as it goes
+    proxy.cut()                            # resets all connections that are open
+    proxy.forget()                         # passes nothing on for those, and new ones well
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class FaultyProxy:
         self._target = (host, port)
         self.rate: int | None = None
         self._closed = False
+        self._forgotten: set[socket.socket] = set()
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
@@ -51,6 +53,11 @@ class FaultyProxy:
                     pass
                 end.close()
 
+    def forget(self) -> None:
+        """Drop what comes on the open connections, as a firewall does that lost its table."""
+        self._forgotten.update(end for pair in self._pairs for end in pair)
+        self.rate = None
+
     def _accept(self) -> None:
         while not self._closed:
             try:
@@ -67,13 +74,13 @@ class FaultyProxy:
         try:
             while not self._closed:
                 rate = self.rate
-                if rate == 0:
+                if rate == 0 or source in self._forgotten:
                     time.sleep(_STEP_SECONDS)
                     continue
                 size = _BLOCK_BYTES if rate is None else max(1, int(rate * _STEP_SECONDS))
                 data = source.recv(size)
                 # It may have become a black hole while this waited for the data.
-                while self.rate == 0 and not self._closed:
+                while not self._closed and (self.rate == 0 or source in self._forgotten):
                     time.sleep(_STEP_SECONDS)
                 if not data:
                     target.shutdown(socket.SHUT_WR)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import grpc
 import numpy as np
 import pytest
+from faulty_proxy import FaultyProxy
 from pages import Case
 from server_sidecar import HANGS, HANGS_SECONDS, RAISES, STOPS_READING, STOPS_WRITING, Sidecar
 
@@ -317,3 +318,29 @@ def test_a_store_that_raises_is_an_error_of_the_store(sidecar, door):
     assert type(result) is BackendError
     assert stats(sidecar).counters["get.raised"] >= 1
     backend.close()
+
+
+# A network that forgets
+
+
+@pytest.mark.parametrize("call", ["put", "get", "exists"])
+def test_a_connection_that_was_forgotten_costs_one_deadline(sidecar, call):
+    """Half-open: what was sent on it is gone, and nobody says so; new connections work."""
+    with FaultyProxy("127.0.0.1", sidecar.port) as proxy:
+        backend = SidecarBackend.from_url(f"sidecar://127.0.0.1:{proxy.port}")
+        there, buffer = name(), memoryview(bytearray(4))
+        assert backend.put([there], [memoryview(b"data")], timeout_seconds=5) == [None]
+        proxy.rate = 0
+        calls = {
+            "put": lambda: backend.put([there], [memoryview(b"data")], timeout_seconds=0.4),
+            "get": lambda: backend.get_into([there], [buffer], timeout_seconds=0.4),
+            "exists": lambda: backend.exists([there], timeout_seconds=0.4),
+        }
+        started = time.monotonic()
+        (answer,) = calls[call]()
+        assert answer is False or isinstance(answer, BackendTimeout)
+        assert time.monotonic() - started < 0.6
+        proxy.forget()
+        assert backend.get_into([there], [buffer], timeout_seconds=2) == [4]
+        assert time.monotonic() - started < 2
+        backend.close()

@@ -62,6 +62,9 @@ class LocalDoor:
         session = self._link.session(deadline)
         return session.stub, session.metadata
 
+    def suspect(self, stub: PageServiceStub) -> None:
+        """A call heard nothing; whether the sidecar is gone, the session will show."""
+
     def get(self, pairs: Sequence[tuple[str, memoryview]], deadline: Deadline) -> list[GetResult]:
         """Read objects into memory, of the region or of anything else."""
         results: list[GetResult] = []

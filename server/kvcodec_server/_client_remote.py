@@ -3,65 +3,106 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import grpc
 import numpy as np
 
 from kvcodec.backend import Deadline, GetResult, PutResult
-from kvcodec.errors import BackendError
+from kvcodec.errors import BackendError, BackendTimeout
 from kvcodec_proto.v1 import service_pb2 as pb
 from kvcodec_proto.v1.service_pb2_grpc import PageServiceStub
-from kvcodec_server._client_link import CHANNEL_OPTIONS
 from kvcodec_server._client_local import as_backend_error
 from kvcodec_server._frames import chunks, parse_get, put_part, serialized
 from kvcodec_server.status import get_result, put_result
 
 __all__ = ["RemoteDoor"]
 
+_OBJECTS_PER_CALL = 500
+# A connection that was left is closed after this time: calls on it that do hear something go on.
+_LEFT_SECONDS = 60.0
+
 Metadata = tuple[tuple[str, str], ...]
 
 
-class RemoteDoor:
-    """A sidecar at ``host:port``. Thread-safe; not for both sides of a fork."""
+class _Line:
+    """One connection."""
 
-    def __init__(
-        self,
-        target: str,
-        credentials: grpc.ChannelCredentials | None,
-        options: Sequence[tuple[str, str]],
-        metadata: Metadata,
-    ) -> None:
-        everything = [*CHANNEL_OPTIONS, *options]
-        self._channel = (
-            grpc.insecure_channel(target, options=everything)
-            if credentials is None
-            else grpc.secure_channel(target, credentials, options=everything)
-        )
-        self._stub = PageServiceStub(self._channel)
-        self._get = self._channel.unary_stream(
+    def __init__(self, channel: grpc.Channel) -> None:
+        self.channel = channel
+        self.stub = PageServiceStub(channel)
+        self.get = channel.unary_stream(
             "/kvcodec.v1.PageService/GetStream",
             request_serializer=pb.GetStreamRequest.SerializeToString,
             response_deserializer=parse_get,
         )
-        self._put = self._channel.stream_unary(
+        self.put = channel.stream_unary(
             "/kvcodec.v1.PageService/PutStream",
             request_serializer=serialized,
             response_deserializer=pb.PutStreamResponse.FromString,
         )
+        self.left_at = 0.0
+
+
+class RemoteDoor:
+    """A sidecar at ``host:port``. Thread-safe; not for both sides of a fork.
+
+    A call that hears nothing by its deadline leaves its connection to those that hear something:
+    what is between may have forgotten it without a word. The next call makes another.
+    """
+
+    def __init__(self, open_channel: Callable[[], grpc.Channel], metadata: Metadata) -> None:
+        self._open_channel = open_channel
         self._metadata = metadata
+        self._lock = threading.Lock()
+        self._line = _Line(open_channel())
+        self._left: list[_Line] = []
 
     def stub(self, deadline: Deadline) -> tuple[PageServiceStub, Metadata]:
         """For calls that move no objects."""
         del deadline
-        return self._stub, self._metadata
+        return self._line.stub, self._metadata
+
+    def suspect(self, stub: PageServiceStub) -> None:
+        """A call on this connection heard nothing."""
+        now = time.monotonic()
+        with self._lock:
+            if self._line.stub is not stub:
+                return
+            self._line.left_at = now
+            self._left.append(self._line)
+            self._line = _Line(self._open_channel())
+            silent = [line for line in self._left if now - line.left_at > _LEFT_SECONDS]
+            self._left = [line for line in self._left if line not in silent]
+        for line in silent:
+            line.channel.close()
 
     def get(self, pairs: Sequence[tuple[str, memoryview]], deadline: Deadline) -> list[GetResult]:
         """Read objects into memory. What was not reached has the error of the call."""
         results: list[GetResult] = []
+        for at in range(0, len(pairs), _OBJECTS_PER_CALL):
+            results += self._get(pairs[at : at + _OBJECTS_PER_CALL], deadline)
+        return results
+
+    def put(self, pairs: Sequence[tuple[str, memoryview]], deadline: Deadline) -> list[PutResult]:
+        """Store objects from memory, which is not read after the return."""
+        results: list[PutResult] = []
+        for at in range(0, len(pairs), _OBJECTS_PER_CALL):
+            results += self._put(pairs[at : at + _OBJECTS_PER_CALL], deadline)
+        return results
+
+    def close(self) -> None:
+        """Close the connections; calls under way end."""
+        for line in [*self._left, self._line]:
+            line.channel.close()
+
+    def _get(self, pairs: Sequence[tuple[str, memoryview]], deadline: Deadline) -> list[GetResult]:
+        results: list[GetResult] = []
+        line = self._line
         rooms = [pb.ObjectRoom(name=name, capacity=len(view)) for name, view in pairs]
         try:
-            parts = self._get(
+            parts = line.get(
                 pb.GetStreamRequest(objects=rooms),
                 timeout=deadline.remaining_seconds(),
                 metadata=self._metadata,
@@ -72,16 +113,18 @@ class RemoteDoor:
             finally:
                 parts.cancel()
         except grpc.RpcError as error:
-            results += [as_backend_error(error)] * (len(pairs) - len(results))
+            found = as_backend_error(error)
+            if isinstance(found, BackendTimeout) and not results:
+                self.suspect(line.stub)
+            results += [found] * (len(pairs) - len(results))
         except (BackendError, ValueError) as error:
             results += [BackendError(str(error))] * (len(pairs) - len(results))
         return results
 
-    def put(self, pairs: Sequence[tuple[str, memoryview]], deadline: Deadline) -> list[PutResult]:
-        """Store objects from memory, which is not read after the return."""
-        parts = _Parts(pairs)
+    def _put(self, pairs: Sequence[tuple[str, memoryview]], deadline: Deadline) -> list[PutResult]:
+        parts, line = _Parts(pairs), self._line
         try:
-            response = self._put(
+            response = line.put(
                 parts, timeout=deadline.remaining_seconds(), metadata=self._metadata
             )
             if len(response.outcomes) == len(pairs):
@@ -89,15 +132,13 @@ class RemoteDoor:
             error = BackendError(f"{len(response.outcomes)} answers for {len(pairs)} objects")
         except grpc.RpcError as call:
             error = as_backend_error(call)
+            if isinstance(error, BackendTimeout):
+                self.suspect(line.stub)
         except ValueError as closed:
             error = BackendError(str(closed))
         finally:
             parts.stop()
         return [error] * len(pairs)
-
-    def close(self) -> None:
-        """Close the connection; calls under way end."""
-        self._channel.close()
 
 
 def _read(

@@ -30,6 +30,7 @@ from kvcodec.backend import (
 )
 from kvcodec.errors import BackendError, BackendTimeout, ConfigError
 from kvcodec_proto.v1 import service_pb2 as pb
+from kvcodec_server._client_link import CHANNEL_OPTIONS
 from kvcodec_server._client_local import LocalDoor, as_backend_error
 from kvcodec_server._client_remote import RemoteDoor
 
@@ -130,16 +131,20 @@ class SidecarBackend(Backend):
             credentials = grpc.ssl_channel_credentials(
                 files.get("ca_file"), files.get("key_file"), files.get("certificate_file")
             )
-        channel_options = (
-            [("grpc.ssl_target_name_override", options["server_name"])]
-            if "server_name" in options
-            else []
-        )
+        channel_options: list[tuple[str, str | int]] = [*CHANNEL_OPTIONS]
+        if "server_name" in options:
+            channel_options.append(("grpc.ssl_target_name_override", options["server_name"]))
+
+        def open_channel() -> grpc.Channel:
+            if credentials is None:
+                return grpc.insecure_channel(parts.netloc, options=channel_options)
+            return grpc.secure_channel(parts.netloc, credentials, options=channel_options)
+
         metadata: tuple[tuple[str, str], ...] = ()
         if "token_file" in files:
             token = files["token_file"].decode().strip()
             metadata = (("authorization", f"Bearer {token}"),)
-        return cls(url, lambda _: RemoteDoor(parts.netloc, credentials, channel_options, metadata))
+        return cls(url, lambda _: RemoteDoor(open_channel, metadata))
 
     def put(
         self, names: Sequence[str], objects: Sequence[memoryview], *, timeout_seconds: float
@@ -260,13 +265,18 @@ class SidecarBackend(Backend):
         if deadline.passed():
             return BackendTimeout("no time was left to ask the sidecar")
         try:
-            stub, metadata = self._opened().stub(deadline)
-            left = deadline.remaining_seconds()
-            return getattr(stub, verb)(request, timeout=left, metadata=metadata)
+            door = self._opened()
+            stub, metadata = door.stub(deadline)
         except BackendError as error:
             return error
+        try:
+            left = deadline.remaining_seconds()
+            return getattr(stub, verb)(request, timeout=left, metadata=metadata)
         except grpc.RpcError as error:
-            return as_backend_error(error)
+            found = as_backend_error(error)
+            if isinstance(found, BackendTimeout):
+                door.suspect(stub)
+            return found
         except ValueError as error:  # the channel was closed meanwhile
             return BackendError(str(error))
 

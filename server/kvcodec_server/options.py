@@ -72,7 +72,7 @@ class ServerOptions:
     max_object_bytes: int = 64 << 20
     max_objects: int = 1024
     max_call_seconds: float = 60.0
-    max_streams: int = 8
+    max_streams: int = 24
     max_sessions: int = 64
     max_region_bytes: int = 2 << 30
     allowed_uids: frozenset[int] = frozenset()
