@@ -136,4 +136,5 @@ class Pipeline:
         self.writes.close()
         self.io.close(timeout_seconds=2.0)
         self.codec.close()
+        self.buffers.close()
         self.backend.close()

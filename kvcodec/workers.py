@@ -194,9 +194,17 @@ class Buffers:
     def release(self, buffer: npt.NDArray[np.uint8]) -> None:
         """Give a buffer back; nobody may use it any more."""
         with self._changed:
-            self._in_doubt.append(buffer)
-            self._settle_doubts()
+            if self.limit_bytes:
+                self._in_doubt.append(buffer)
+                self._settle_doubts()
             self._changed.notify()
+
+    def close(self) -> None:
+        """Free what nobody uses, and lend no more. What is in use is freed when it is released."""
+        with self._changed:
+            self.limit_bytes = 0
+            self._free.clear()
+            self._in_doubt.clear()
 
     def _settle_doubts(self) -> None:
         """The caller holds the lock."""

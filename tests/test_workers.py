@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -53,6 +54,19 @@ def test_a_buffer_in_doubt_is_not_used_again_until_it_is_idle() -> None:
     assert buffers.acquire(4096, 0.01) is None
     busy.clear()
     assert buffers.acquire(4096, 0) is first
+
+
+def test_closed_buffers_hold_no_memory() -> None:
+    buffers = Buffers(2 * 4096)
+    first, second = buffers.acquire(4096, 0), buffers.acquire(4096, 0)
+    assert first is not None and second is not None
+    freed = [weakref.ref(first), weakref.ref(second)]
+    buffers.release(first)
+    buffers.close()
+    buffers.release(second)
+    del first, second
+    assert [reference() for reference in freed] == [None, None]
+    assert buffers.acquire(4096, 0) is None
 
 
 def test_who_waits_gets_the_buffer_that_comes_free() -> None:

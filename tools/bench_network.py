@@ -10,6 +10,7 @@ is what SGLang's storage threads do, from the queue to the acknowledgement.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -72,6 +73,7 @@ def measure(network: ShapedNetwork, preset: str, options: argparse.Namespace) ->
         "backup_timeout_seconds": _CALL_SECONDS,
     }
     tokens = make_tokens(options.tokens, seed=1)
+    gc.collect()  # the pools of the session before are in cycles, and large
     with ControllerSession(
         layout=options.layout,
         page_size=64,
