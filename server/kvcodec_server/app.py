@@ -21,6 +21,7 @@ from kvcodec_server.config import RELOADABLE, Address, Configuration, Settings
 from kvcodec_server.health import Health, Probe
 from kvcodec_server.http import HTTPListener
 from kvcodec_server.logs import start_logging
+from kvcodec_server.malloc import keep_freed_memory
 from kvcodec_server.metrics import Metrics
 from kvcodec_server.namespaces import ServedNamespaces
 from kvcodec_server.options import Observe
@@ -47,6 +48,7 @@ def serve(configuration: Configuration, reread: Callable[[], Configuration]) -> 
     SIGHUP asks `reread` for the configuration of now. A second SIGTERM ends the process at once.
     Raises `ConfigError` if it cannot start. To be called on the main thread, before others exist.
     """
+    keep_freed_memory()
     # Threads inherit the mask: only this one hears signals, when it waits for them.
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     start_logging(configuration.settings.log_level, configuration.settings.log.format)
