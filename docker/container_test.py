@@ -45,7 +45,7 @@ class Container:
 
     def __init__(self, tool: str, image: str, run: Path, extra: list[str]) -> None:
         self.name = f"kvcodec-test-{uuid.uuid4().hex[:8]}"
-        self._tool, self._image, self.run_folder, self._extra = tool, image, run, extra
+        self._tool, self.image, self.run_folder, self.extra = tool, image, run, extra
         self.url = f"sidecar+unix://{run}/kvcodec.sock"
 
     def start_new(self) -> None:
@@ -59,10 +59,10 @@ class Container:
             ]
         )
         self.call(
-            "run", "--detach", "--name", self.name, *CONTAINED, *self._extra,
+            "run", "--detach", "--name", self.name, *CONTAINED, *self.extra,
             f"--volume={self.run_folder}:/run/kvcodec",
             f"--volume={self.name}:/var/lib/kvcodec",
-            self._image, "serve", "--store.url=file:///var/lib/kvcodec/pages",
+            self.image, "serve", "--store.url=file:///var/lib/kvcodec/pages",
             "--store.ram_bytes=64MiB", *flags,
         )  # fmt: skip
 
@@ -95,9 +95,9 @@ class Container:
     def client(self, task: str, user: str) -> str:
         """A client in a container of its own that has the folder of the socket, read-only."""
         return self.call(
-            "run", "--rm", "--interactive", *CONTAINED, *self._extra, f"--user={user}",
-            f"--group-add={UID}", f"--volume={self.run_folder}:/run/kvcodec:ro",
-            "--entrypoint=python3", self._image, "-", task,
+            "run", "--rm", "--interactive", "--no-healthcheck", *CONTAINED, *self.extra,
+            f"--user={user}", f"--group-add={UID}", f"--volume={self.run_folder}:/run/kvcodec:ro",
+            "--entrypoint=python3", self.image, "-", task,
             "sidecar+unix:///run/kvcodec/kvcodec.sock",
             text=(HERE / "container_client.py").read_text(),
         )  # fmt: skip
@@ -226,17 +226,29 @@ def check_end(container: Container) -> None:
     say(f"SIGTERM: drained and gone in {seconds:.1f} s, exit code 0, every line of the log is JSON")
 
 
+def prepare_folder(container: Container) -> None:
+    """As the init container of the DaemonSet does, root with two capabilities; more than once."""
+    folder = container.run_folder
+    if os.geteuid() != 0:  # then this user would not get in
+        folder.chmod(0o1777)
+        return
+    for _ in range(2):
+        container.call(
+            "run", "--rm", "--no-healthcheck", *CONTAINED, *container.extra, "--user=0",
+            "--cap-add=CHOWN", "--cap-add=FOWNER", f"--volume={folder}:/run/kvcodec",
+            "--entrypoint=install", container.image, "-d", "-o", str(UID), "-g", str(UID), "-m", "0750", "/run/kvcodec",
+        )  # fmt: skip
+        found = folder.stat()
+        must((found.st_uid, found.st_mode & 0o777) == (UID, 0o750), "the folder is not the user's")
+
+
 @contextmanager
 def running(tool: str, image: str, extra: list[str]) -> Iterator[Container]:
     """A container that is well, until the block is left."""
     folder = Path(tempfile.mkdtemp(prefix="kvcodec-"))
-    if os.geteuid() == 0:
-        folder.chmod(0o750)
-        os.chown(folder, UID, UID)
-    else:
-        folder.chmod(0o1777)
     container = Container(tool, image, folder, extra)
     try:
+        prepare_folder(container)
         started = time.monotonic()
         container.start_new()
         until(container.is_well, "health", 60)

@@ -46,11 +46,18 @@ if [ ! -f "$folder/base.tar" ]; then
     rm -rf "$folder/chroot"
 fi
 
+# Docker's own limit may be more than this machine lets anybody have.
 dockerd --data-root "$folder/data" --exec-root "$folder/run" --pidfile "$folder/docker.pid" \
     --host "$DOCKER_HOST" --bridge none --iptables=false --ip6tables=false \
-    --default-ulimit nofile=65536:65536 >"$folder/dockerd.log" 2>&1 &
+    --default-ulimit "nofile=$(ulimit -Hn)" >"$folder/dockerd.log" 2>&1 &
 daemon=$!
-trap 'kill "$daemon"; wait "$daemon" || true' EXIT
+end() {
+    kill "$daemon"
+    wait "$daemon" || true
+    # Of --network none; it would keep the folder from being removed.
+    umount "$folder"/run/netns/* 2>/dev/null || true
+}
+trap end EXIT
 for _ in $(seq 100); do
     docker version >/dev/null 2>&1 && break
     kill -0 "$daemon" || { tail -n 5 "$folder/dockerd.log" >&2; exit 1; }

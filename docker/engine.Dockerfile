@@ -10,7 +10,8 @@ FROM ${SGLANG_IMAGE} AS build
 ARG KVCODEC_WHEELS
 # hadolint ignore=DL3008
 RUN apt-get update -qq \
-    && apt-get install -y -qq --no-install-recommends g++ libxxhash-dev >/dev/null \
+    && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+        g++ libxxhash-dev >/dev/null \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /source
 COPY LICENSE NOTICE README.md pyproject.toml ./

@@ -29,7 +29,8 @@ from kvcodec_server.sources import gathered
 ROOT = Path(__file__).resolve().parents[1]
 DOCKER = ROOT / "docker"
 CHART = DOCKER / "helm" / "kvcodec"
-TOOLS = Path(sys.prefix) / "stores" / "deployment" / "bin"
+STORES = Path(sys.prefix) / "stores"
+TOOLS = STORES / "deployment" / "bin"
 DOCKERFILES = [DOCKER / "Dockerfile", DOCKER / "engine.Dockerfile"]
 EXAMPLES = sorted((DOCKER / "kubernetes" / "examples").glob("*.yaml"))
 # The oldest release that has containers which start before the others and live as long, and one
@@ -53,10 +54,9 @@ def run(*command: str | Path, cwd: Path = ROOT, environment: Tree | None = None)
 
 def tool(name: str) -> str:
     """The path of a tool that tools/stores/deployment.sh installs, or that is on the PATH."""
-    path = TOOLS / name
-    found = str(path) if path.exists() else shutil.which(name)
+    found = shutil.which(name, path=f"{TOOLS}:{STORES / 'promtool'}") or shutil.which(name)
     if found is None:
-        pytest.skip(f"no {name}: tools/install_stores.sh installs it")
+        pytest.skip(f"no {name}: tools/install_stores.sh installs it, but for kubectl")
     return found
 
 
@@ -231,6 +231,15 @@ def test_sidecar_of_compose_takes_its_settings(services: Tree):
     assert targets == [f"sidecar:{shown['http.address'].rpartition(':')[2]}"]
 
 
+def test_prometheus_of_compose_reads_its_configuration():
+    file = DOCKER / "compose" / "prometheus.yaml"
+    run(tool("promtool"), "check", "config", "--syntax-only", file)
+    (pattern,) = yaml.safe_load(file.read_text())["rule_files"]
+    assert list((DOCKER / "prometheus").glob(Path(pattern).name)) == [
+        DOCKER / "prometheus" / "kvcodec.rules.yaml"
+    ]
+
+
 def assert_room(settings: Tree, limit: str) -> None:
     """Memory for the RAM tier, staging, one region of an engine, and the process itself."""
     wanted = settings["store.ram_bytes"] + settings["limits.staging_bytes"] + (768 << 20)
@@ -394,10 +403,9 @@ def test_engine_of_an_example_uses_the_sidecar(path: Path, tmp_path: Path):
 
 
 def helm(*words: str | Path) -> Any:
-    python = tool("python") if TOOLS.exists() else ""
-    if not python or not list(TOOLS.parent.glob("lib/python*/site-packages/helm_sdkpy")):
+    if not list(TOOLS.parent.glob("lib/python*/site-packages/helm_sdkpy")):
         pytest.skip("no Helm: tools/install_stores.sh installs it")
-    return json.loads(run(python, ROOT / "tests" / "helm_chart.py", *words))
+    return json.loads(run(TOOLS / "python", ROOT / "tests" / "helm_chart.py", *words))
 
 
 def installed(values: Tree) -> list[Tree]:
