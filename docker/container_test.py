@@ -236,7 +236,8 @@ def prepare_folder(container: Container) -> None:
         container.call(
             "run", "--rm", "--no-healthcheck", *CONTAINED, *container.extra, "--user=0",
             "--cap-add=CHOWN", "--cap-add=FOWNER", f"--volume={folder}:/run/kvcodec",
-            "--entrypoint=install", container.image, "-d", "-o", str(UID), "-g", str(UID), "-m", "0750", "/run/kvcodec",
+            "--entrypoint=install", container.image, "-d", "-o", str(UID), "-g", str(UID),
+            "-m", "0750", "/run/kvcodec",
         )  # fmt: skip
         found = folder.stat()
         must((found.st_uid, found.st_mode & 0o777) == (UID, 0o750), "the folder is not the user's")
