@@ -65,7 +65,7 @@ class SidecarBackend(Backend):
     It connects at the first call, and again by itself when the sidecar was away.
     """
 
-    batch_size = 4
+    batch_size = 8
 
     def __init__(
         self, url: str, open_door: Callable[[SidecarBackend], LocalDoor | RemoteDoor]
