@@ -3,7 +3,7 @@
 #   docker build -f docker/engine.Dockerfile -t sglang-kvcodec .
 #
 # kvcodec is compiled here, against the C library of SGLang's image.
-ARG SGLANG_IMAGE=docker.io/lmsysorg/sglang:v0.5.11
+ARG SGLANG_IMAGE=docker.io/lmsysorg/sglang:v0.5.23
 ARG KVCODEC_WHEELS=/tmp/wheels
 
 FROM ${SGLANG_IMAGE} AS build
