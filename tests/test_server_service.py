@@ -21,7 +21,7 @@ from kvcodec.identity import Identity
 from kvcodec.layout import DType, PageLayout
 from kvcodec_proto.v1 import service_pb2 as pb
 from kvcodec_proto.v1.service_pb2_grpc import PageServiceStub
-from kvcodec_server import metadata
+from kvcodec_server import _listing, metadata
 from kvcodec_server.options import ServerOptions
 from kvcodec_server.service import PageServer, new_grpc_server
 from kvcodec_server.status import STATUS_TRAILER, error_of, error_of_call
@@ -321,6 +321,28 @@ def test_names_are_listed_counted_described_and_removed(host):
     assert not host.stub.Stat(pb.StatRequest(name=name(5000)), timeout=5).HasField("object")
     deleted = host.stub.Delete(pb.DeleteRequest(names=asked), timeout=5).deleted
     assert list(deleted) == [True, True, False, True]
+
+
+def test_a_long_list_may_take_longer_than_a_call(monkeypatch):
+    host = Host(max_call_seconds=0.3)
+    put(host, {name(number): b"x" for number in range(3)})
+    listed = host.store.list
+
+    def slow(prefix=""):
+        for info in listed(prefix):
+            time.sleep(0.15)
+            yield info
+
+    host.store.list = slow
+    monkeypatch.setattr(_listing, "_LISTED_AT_ONCE", 1)
+    found = [o.name for r in host.stub.List(pb.ListRequest(), timeout=5) for o in r.objects]
+    assert found == [name(number) for number in range(3)]
+    going_on = threading.Event()
+    host.store.list = lambda prefix: iter(lambda: going_on.wait(5), True)
+    error = refused(lambda: list(host.stub.List(pb.ListRequest(), timeout=5)))
+    assert type(error) is BackendTimeout
+    going_on.set()
+    host.close()
 
 
 def test_a_wrong_name_is_refused_everywhere(host):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from collections import Counter
@@ -25,6 +24,7 @@ from kvcodec.format import EncodedPage
 from kvcodec.workers import IOThreads
 from kvcodec_proto.v1 import service_pb2 as pb
 from kvcodec_proto.v1 import service_pb2_grpc
+from kvcodec_server._listing import Listing
 from kvcodec_server._region_wire import TOKEN_METADATA
 from kvcodec_server.metadata import metadata_of
 from kvcodec_server.options import Observe, ServerOptions
@@ -36,8 +36,9 @@ from kvcodec_server.streams import GetStream, PutStream, with_metadata
 
 __all__ = ["Servicer"]
 
-_LISTED_AT_ONCE = 500
 _LIST_THREADS = 4
+# A list of a large store takes so many times as long as any other call may.
+_LIST_PATIENCE = 60
 _MAX_DETAIL = 500
 
 
@@ -185,20 +186,18 @@ class Servicer(service_pb2_grpc.PageServiceServicer):
         self, request: pb.ListRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.ListResponse]:
         """All objects, some at a time."""
-        with self._call("list", context, stream=True) as call:
-            batches: queue.Queue[list[ObjectInfo] | BackendError | None] = queue.Queue(2)
-            left = threading.Event()
-            if not self.listing.submit(partial(self._list, request.prefix, batches, left)):
+        with self._call("list", context, stream=True, patience=_LIST_PATIENCE) as call:
+            listing = Listing(self._store, request.prefix)
+            work = partial(self.calls.pipeline.guarded, "list", listing.run)
+            if not self.listing.submit(work):
                 raise BackendError("too many lists are under way")
             try:
-                while batch := batches.get(timeout=max(0.0, call.deadline - time.monotonic())):
-                    if isinstance(batch, BackendError):
-                        raise batch
+                # All of it may take long, but not the next step.
+                step = min(call.seconds, self.options.max_call_seconds)
+                while batch := listing.next(step):
                     yield pb.ListResponse(objects=map(_stored, batch))
-            except queue.Empty:
-                raise BackendTimeout("the store did not list its objects in time") from None
             finally:
-                left.set()
+                listing.leave()
 
     def Inspect(  # noqa: N802
         self, request: pb.InspectRequest, context: grpc.ServicerContext
@@ -229,11 +228,16 @@ class Servicer(service_pb2_grpc.PageServiceServicer):
 
     @contextmanager
     def _call(
-        self, operation: str, context: grpc.ServicerContext, *, stream: bool = False
+        self,
+        operation: str,
+        context: grpc.ServicerContext,
+        *,
+        stream: bool = False,
+        patience: int = 1,
     ) -> Iterator[_Call]:
         """Admit a call, end it with the status of what it raises, and tell the observer."""
         started = time.monotonic()
-        seconds = min(context.time_remaining(), self.options.max_call_seconds)
+        seconds = min(context.time_remaining(), patience * self.options.max_call_seconds)
         call = _Call(seconds, self._session(context))
         # Sending to a reader that does not read waits for it, whatever the time.
         watchdog = threading.Timer(call.seconds, context.cancel) if stream else None
@@ -368,41 +372,6 @@ class Servicer(service_pb2_grpc.PageServiceServicer):
             return outcome
         finally:
             release()
-
-    def _list(
-        self,
-        prefix: str,
-        batches: queue.Queue[list[ObjectInfo] | BackendError | None],
-        left: threading.Event,
-    ) -> None:
-        """On a thread of its own: list until the end, or until the reader has left."""
-
-        def give(batch: list[ObjectInfo] | BackendError | None) -> bool:
-            while not left.is_set():
-                try:
-                    batches.put(batch, timeout=0.5)
-                except queue.Full:
-                    continue
-                return True
-            return False
-
-        def listed() -> bool:
-            batch: list[ObjectInfo] = []
-            try:
-                for info in self._store.list(prefix):
-                    batch.append(info)
-                    if len(batch) == _LISTED_AT_ONCE:
-                        if not give(batch):
-                            return True
-                        batch = []
-            except BackendError as error:
-                give(error)
-                return True
-            return not batch or give(batch)
-
-        if self.calls.pipeline.guarded("list", listed) is None:
-            give(BackendError("the store failed in an unknown way"))
-        give(None)
 
 
 def _names(objects: Sequence[pb.ObjectRange], *, checked: bool) -> list[str]:
