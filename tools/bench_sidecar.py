@@ -231,7 +231,7 @@ def plot(results: dict[str, dict[str, object]], path: Path) -> None:
         for operation, ratios in result["ratio"].items()
     ]
     figure, axes = pyplot.subplots(figsize=(7, 3.2), layout="constrained")
-    axes.boxplot([ratios for _, ratios in bars], vert=True, whis=(0, 100))
+    axes.boxplot([ratios for _, ratios in bars], whis=(0, 100))
     axes.set_xticks(range(1, len(bars) + 1), [label for label, _ in bars], fontsize=8)
     axes.axhline(1.0, color="grey", linewidth=0.8)
     axes.set_ylim(bottom=0)

@@ -73,18 +73,27 @@ class LiveSession:
                 return False
             with self._lock:
                 self._send()
-            if ready:
-                try:
-                    packet = self._connection.recv(wire.MAX_PACKET_BYTES)
-                except BlockingIOError:
-                    continue
-                except OSError:
-                    packet = b""
-                call_id = wire.unpack_call(packet, wire.RELEASED)
-                if call_id is None:
-                    return True
-                self._in_doubt.discard(call_id)
-                self._region.settle(call_id)
+            if ready and self._hear():
+                return True
+
+    def _hear(self) -> bool:
+        """Read what the server says; true where it has closed its end.
+
+        Nothing else proves that it is done with every call: other errors, and packets that nobody
+        knows, do not.
+        """
+        try:
+            packet = self._connection.recv(wire.MAX_PACKET_BYTES)
+        except ConnectionResetError:  # it was closed with something unread
+            return True
+        except OSError:
+            time.sleep(_RESEND_SECONDS)
+            return False
+        call_id = wire.unpack_call(packet, wire.RELEASED)
+        if call_id is not None:
+            self._in_doubt.discard(call_id)
+            self._region.settle(call_id)
+        return not packet
 
     def end(self, *, is_over: bool) -> None:
         """Close the connection. With `is_over` the server has said that it touches nothing more."""

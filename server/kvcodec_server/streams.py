@@ -254,8 +254,12 @@ class PutStream:
         if self.raw is not None:
             self._answers += self.raw.put([start.name], [target], self._left(), release)
             return
-        first = partial(_fill, target, late)
-        pending = self._calls.put([start.name], [target], self._left(), release, first)
+        if len(late) == 1:
+            # It lies in one piece already; the buffer only counts it among the staging memory.
+            pending = self._calls.put([start.name], late, self._left(), release)
+        else:
+            first = partial(_fill, target, late)
+            pending = self._calls.put([start.name], [target], self._left(), release, first)
         self._answers.append((start.length, pending))
 
     def _left(self) -> float:
