@@ -212,6 +212,23 @@ def test_garbage_after_the_greeting_ends_the_session(host):
     wait_until(lambda: host.sessions.count == 0)
 
 
+def test_a_refused_client_learns_why_whatever_it_has_said(host):
+    host.options = replace(host.options, max_sessions=1)
+    _, first = greet(host)
+    for _ in range(50):
+        client = connect(host)
+        region = wire.new_region(SIZE)
+        for _ in range(3):
+            try:
+                socket.send_fds(client, [wire.pack_hello(SIZE)], [region])
+            except BrokenPipeError:
+                pass
+        os.close(region)
+        assert b"max_sessions" in client.recv(1000)
+        client.close()
+    first.close()
+
+
 def test_who_says_nothing_is_sent_away(host, monkeypatch):
     monkeypatch.setattr(region_module, "_GREETING_SECONDS", 0.1)
     client = connect(host)
@@ -240,6 +257,26 @@ except BrokenPipeError:
 answer = client.recv(1000)
 print(answer[0], answer[1:].decode())
 """
+
+
+CLIENT_OF_UID = """
+import os, sys
+from kvcodec_server.client import SidecarBackend
+os.setgid(65534); os.setuid(65534)
+backend = SidecarBackend.from_url("sidecar+unix://" + sys.argv[1].removesuffix(".region"))
+print(backend.put(["0" * 32 + "/" + "0" * 64], [memoryview(b"x")], timeout_seconds=5)[0])
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+def test_a_client_of_another_uid_is_told_why_its_calls_fail(host):
+    run = subprocess.run(
+        [sys.executable, "-c", CLIENT_OF_UID, str(host.server.path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "uid 65534 may not use this sidecar" in run.stdout
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")

@@ -157,6 +157,10 @@ class RegionServer:
         del self._strangers[connection]
         with suppress(OSError):
             connection.send(bytes([wire.REFUSED]) + reason.encode()[:300])
+            # Closed with something unread, the socket would tell of a reset and of no reason.
+            connection.shutdown(socket.SHUT_RDWR)
+            while connection.recv(wire.MAX_PACKET_BYTES):
+                pass
         connection.close()
 
 
