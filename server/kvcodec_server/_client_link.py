@@ -223,7 +223,6 @@ class Link:
             hello = wire.pack_hello(self._region.size)
             # A client that is refused unheard finds the reason behind the error of the connection.
             with suppress(BrokenPipeError, ConnectionResetError):
-                with suppress(BrokenPipeError):  # refused already: the reason is there to be read
                 socket.send_fds(connection, [hello], [self._region.descriptor])
             self._wait([connection], deadline)
             try:
