@@ -8,8 +8,8 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 
+from kvcodec.backend import Deadline
 from kvcodec.errors import BackendError, BackendFull
-from kvcodec_backends._arguments import Deadline
 from kvcodec_backends._file_io import object_path, remove_file, scan_objects
 from kvcodec_backends._file_ledger import Ledger
 

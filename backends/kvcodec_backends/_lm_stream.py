@@ -18,20 +18,18 @@ from urllib.parse import SplitResult
 
 from kvcodec.backend import (
     Backend,
+    Deadline,
     GetResult,
     ObjectInfo,
     PutResult,
     check_name,
-    display_url,
-)
-from kvcodec.errors import BackendError, ConfigError
-from kvcodec_backends._arguments import (
-    Deadline,
     checked_buffers,
     checked_names,
     checked_objects,
     closed_error,
+    display_url,
 )
+from kvcodec.errors import BackendError, ConfigError
 
 __all__ = ["Connection", "ConnectionEnded", "Item", "StreamBackend", "host_and_port"]
 

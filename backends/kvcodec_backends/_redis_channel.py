@@ -19,8 +19,8 @@ from redis.connection import AbstractConnection
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from kvcodec.backend import Deadline
 from kvcodec.errors import BackendError, BackendFull, BackendReadOnly, BackendTimeout
-from kvcodec_backends._arguments import Deadline
 
 __all__ = ["Channel", "Channels", "Connect", "ServerError", "as_backend_error"]
 

@@ -25,8 +25,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from kvcodec.backend import Deadline
 from kvcodec.errors import BackendTimeout
-from kvcodec_backends._arguments import Deadline
 from kvcodec_backends._file_io import make_directory, remove_file
 
 __all__ = [

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 
-from kvcodec.backend import GetResult
-from kvcodec_backends._arguments import Deadline
+from kvcodec.backend import Deadline, GetResult
 from kvcodec_backends._file_io import as_backend_error
 from kvcodec_backends._segment_index import Location
 from kvcodec_backends._segment_io import Bytes, as_bytes

@@ -6,8 +6,8 @@ import os
 import time
 from dataclasses import dataclass
 
+from kvcodec.backend import Deadline
 from kvcodec.errors import BackendFull
-from kvcodec_backends._arguments import Deadline
 from kvcodec_backends._file_io import FULL_ERRNOS, remove_file, sync_directory
 from kvcodec_backends._segment_directory import (
     append_to,

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 
 from xxhash import xxh3_64_intdigest
 
-from kvcodec.backend import PutResult
+from kvcodec.backend import Deadline, PutResult
 from kvcodec.errors import BackendError, BackendFull, BackendTimeout
-from kvcodec_backends._arguments import Deadline
 from kvcodec_backends._file_io import as_backend_error
 from kvcodec_backends._segment_directory import append_to
 from kvcodec_backends._segment_io import Bytes, as_bytes

@@ -11,6 +11,7 @@ import numpy as np
 
 from kvcodec.backend import (
     Backend,
+    Deadline,
     GetResult,
     ObjectInfo,
     PutResult,
@@ -18,7 +19,6 @@ from kvcodec.backend import (
     parse_byte_count,
 )
 from kvcodec.errors import BackendError, ConfigError
-from kvcodec_backends._arguments import Deadline
 from kvcodec_backends._tier_memory import Entry, Flights, Memory, copy_bytes
 from kvcodec_backends._tier_store import StoreBehind
 from kvcodec_backends._tier_writer import Writer

@@ -10,8 +10,8 @@ from itertools import islice
 
 import numpy as np
 
+from kvcodec.backend import Deadline
 from kvcodec.errors import BackendError, BackendFull
-from kvcodec_backends._arguments import Deadline
 from kvcodec_backends._tier_memory import Entry, Flights, Memory, capacity_of, copy_bytes
 from kvcodec_backends._tier_store import StoreBehind
 

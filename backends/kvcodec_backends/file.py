@@ -22,21 +22,19 @@ from urllib.parse import unquote
 
 from kvcodec.backend import (
     Backend,
+    Deadline,
     GetResult,
     ObjectInfo,
     PutResult,
     check_name,
-    parse_byte_count,
-    parse_options,
-)
-from kvcodec.errors import BackendError, BackendFull, ConfigError
-from kvcodec_backends._arguments import (
-    Deadline,
     checked_buffers,
     checked_names,
     checked_objects,
     closed_error,
+    parse_byte_count,
+    parse_options,
 )
+from kvcodec.errors import BackendError, BackendFull, ConfigError
 from kvcodec_backends._file_io import (
     FULL_ERRNOS,
     as_backend_error,

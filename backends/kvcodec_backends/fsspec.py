@@ -29,22 +29,20 @@ from urllib.parse import unquote
 
 from kvcodec.backend import (
     Backend,
+    Deadline,
     GetResult,
     ObjectInfo,
     PutResult,
     check_name,
+    checked_buffers,
+    checked_names,
+    checked_objects,
+    closed_error,
     display_url,
     parse_options,
 )
 from kvcodec.errors import BackendError, BackendTimeout, ConfigError
 from kvcodec_backends import _fsspec_filesystem, _fsspec_obstore
-from kvcodec_backends._arguments import (
-    Deadline,
-    checked_buffers,
-    checked_names,
-    checked_objects,
-    closed_error,
-)
 from kvcodec_backends._fsspec_client import Address, Client, StoredObject
 from kvcodec_backends._fsspec_loop import RequestLoop
 

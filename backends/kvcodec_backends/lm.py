@@ -12,9 +12,16 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
-from kvcodec.backend import GetResult, ObjectInfo, PutResult, parse_options
+from kvcodec.backend import (
+    Deadline,
+    GetResult,
+    ObjectInfo,
+    PutResult,
+    checked_names,
+    closed_error,
+    parse_options,
+)
 from kvcodec.errors import BackendError, BackendFull
-from kvcodec_backends._arguments import Deadline, checked_names, closed_error
 from kvcodec_backends._lm_stream import (
     Connection,
     ConnectionEnded,

@@ -14,9 +14,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from kvcodec.backend import GetResult, ObjectInfo, PutResult, parse_options
+from kvcodec.backend import Deadline, GetResult, ObjectInfo, PutResult, closed_error, parse_options
 from kvcodec.errors import BackendError, BackendFull, BackendTimeout
-from kvcodec_backends._arguments import Deadline, closed_error
 from kvcodec_backends._lm_stream import (
     Connection,
     ConnectionEnded,

@@ -10,21 +10,19 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from kvcodec.backend import (
     Backend,
+    Deadline,
     GetResult,
     ObjectInfo,
     PutResult,
     check_name,
-    parse_byte_count,
-    parse_options,
-)
-from kvcodec.errors import BackendFull, BackendTimeout, ConfigError
-from kvcodec_backends._arguments import (
-    Deadline,
     checked_buffers,
     checked_names,
     checked_objects,
     closed_error,
+    parse_byte_count,
+    parse_options,
 )
+from kvcodec.errors import BackendFull, BackendTimeout, ConfigError
 
 __all__ = ["DEFAULT_MAX_BYTES", "MemoryBackend"]
 

@@ -14,15 +14,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeGuard, TypeVar
 
-from kvcodec.backend import Backend, GetResult, ObjectInfo, PutResult, check_name
-from kvcodec.errors import BackendError, ConfigError
-from kvcodec_backends._arguments import (
+from kvcodec.backend import (
+    Backend,
     Deadline,
+    GetResult,
+    ObjectInfo,
+    PutResult,
+    check_name,
     checked_buffers,
     checked_names,
     checked_objects,
     closed_error,
 )
+from kvcodec.errors import BackendError, ConfigError
 from kvcodec_backends._redis_channel import Channel, Channels, ServerError, as_backend_error
 from kvcodec_backends._redis_url import RedisURL
 

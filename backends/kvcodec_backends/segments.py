@@ -34,21 +34,19 @@ from urllib.parse import unquote, urlsplit
 
 from kvcodec.backend import (
     Backend,
+    Deadline,
     GetResult,
     ObjectInfo,
     PutResult,
     check_name,
-    parse_byte_count,
-    parse_options,
-)
-from kvcodec.errors import ConfigError
-from kvcodec_backends._arguments import (
-    Deadline,
     checked_buffers,
     checked_names,
     checked_objects,
     closed_error,
+    parse_byte_count,
+    parse_options,
 )
+from kvcodec.errors import ConfigError
 from kvcodec_backends._file_io import as_backend_error, checked_root, make_private_root
 from kvcodec_backends._file_publish import file_system_type, is_on_shared_mount
 from kvcodec_backends._segment_reader import read_objects

@@ -9,22 +9,20 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from kvcodec.backend import (
     Backend,
+    Deadline,
     GetResult,
     ObjectInfo,
     PutResult,
     check_name,
+    checked_buffers,
+    checked_names,
+    checked_objects,
+    closed_error,
     display_url,
     open_backend,
     parse_options,
 )
 from kvcodec.errors import ConfigError
-from kvcodec_backends._arguments import (
-    Deadline,
-    checked_buffers,
-    checked_names,
-    checked_objects,
-    closed_error,
-)
 from kvcodec_backends._tier_shared import Tier, TierOptions
 
 __all__ = ["TierBackend"]
