@@ -236,7 +236,9 @@ def test_a_client_without_a_certificate_is_refused_by_the_server(tls: RedisServe
     with opened(f"{tls.tls_url}?ssl_ca_certs={tls.directory}/ca.pem") as backend:
         (answer,) = backend.put(NAMES[:1], [memoryview(b"data")], timeout_seconds=5)
     assert isinstance(answer, BackendError)
-    assert "certificate required" in str(answer).lower().replace("_", " ")
+    # The server's reason is lost where it hangs up while the request is still being sent.
+    said = str(answer).lower().replace("_", " ")
+    assert any(why in said for why in ("certificate required", "eof occurred", "reset", "pipe"))
 
 
 # --- Pages
