@@ -127,7 +127,8 @@ class Breaker:
             if self._probes.call(self._answers, False, _PROBE_SECONDS):
                 break
             self._counts.add(f"{self.name}_breaker.probe_failed")
-            seconds = min(2 * seconds, _MAX_COOLDOWN_FACTOR * self._cooldown_seconds)
+            # A probe costs next to nothing; being late costs every hit until the next one.
+            seconds = self._cooldown_seconds
         if self._closing.is_set():
             return
         self._recovered()

@@ -66,6 +66,16 @@ def settle(breaker: Breaker, answers: Sequence[object] | None) -> None:
     breaker.settle(attempt)
 
 
+def test_a_store_that_was_away_for_long_is_noticed_soon(breaker: Breaker, store: Store) -> None:
+    settle(breaker, SILENT)
+    wait_for(lambda: store.probes >= 12)
+    store.well.set()
+    started = time.monotonic()
+    wait_for(lambda: breaker.admits)
+    # With an interval that doubled it would be another 1.28 s at best.
+    assert time.monotonic() - started < 1.0
+
+
 def test_one_silent_call_opens_it(breaker: Breaker) -> None:
     settle(breaker, SILENT)
     assert not breaker.admits
