@@ -23,7 +23,8 @@ SGLANG := $(VENV)/stamp-sglang
 STORES := $(VENV)/stamp-stores
 
 .PHONY: help setup sglang stores demo test check lint types pytest native-test neon-test fuzz-long \
-  bench bench-controller bench-store bench-network fault-runs quality dist clean distclean
+  bench bench-controller bench-store bench-network bench-sidecar fault-runs \
+  container container-test quality dist clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -96,6 +97,18 @@ bench-network: $(STORES)  ## tokens per second from a store behind 1 and 8 Gbit/
 fault-runs: $(STORES)  ## break real stores in the middle of hundreds of batches: ten minutes, root
 	mkdir -p docs/measurements
 	$(BIN)/python tools/fault_runs.py --json docs/measurements/faults.json
+
+bench-sidecar: $(INSTALLED)  ## the sidecar against the store in the same process: five minutes, quiet machine
+	mkdir -p docs/measurements
+	$(PIP_INSTALL) --no-warn-conflicts matplotlib
+	$(BIN)/python tools/bench_sidecar.py --json docs/measurements/sidecar.json \
+	  --plot docs/images/sidecar.svg
+
+container:  ## the sidecar's image, with docker or podman
+	docker/build.sh kvcodec
+
+container-test: $(INSTALLED) container  ## run the image, and try what it promises: a minute
+	docker/test_container.sh kvcodec
 
 quality: $(INSTALLED)  ## error against size of every preset, on synthetic KV
 	mkdir -p docs/measurements
