@@ -22,7 +22,7 @@ INSTALLED := $(VENV)/stamp-installed
 SGLANG := $(VENV)/stamp-sglang
 STORES := $(VENV)/stamp-stores
 
-.PHONY: help setup sglang stores demo test check lint types pytest native-test neon-test fuzz-long \
+.PHONY: help setup sglang stores demo demo-sidecar test check lint types pytest native-test neon-test fuzz-long \
   bench bench-controller bench-store bench-network bench-sidecar fault-runs \
   container container-test quality dist clean distclean
 .DEFAULT_GOAL := help
@@ -38,6 +38,9 @@ stores: $(STORES)  ## sglang, and the servers and file systems that the tests st
 
 demo: $(SGLANG)  ## SGLang on this CPU backs pages up through kvcodec and prefetches them again
 	$(BIN)/python tools/demo.py
+
+demo-sidecar: $(SGLANG)  ## the same, with a sidecar between the engine and the store
+	$(BIN)/python tools/demo.py --backend sidecar
 
 test: $(SGLANG) $(STORES) lint types  ## everything CI checks: lint, types, import contracts, tests
 	$(BIN)/pytest -q $(PYTEST_ARGS)

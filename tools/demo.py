@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 import tiny_model
+from demo_sidecar import SidecarFailed, sidecar
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -73,6 +74,7 @@ class Demo:
     presets: list[str]
     build: Path
     console: Console
+    urls: dict[str, str] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
     drifts: list[float] = field(default_factory=list)
     start: float = field(default_factory=time.monotonic)
@@ -90,7 +92,12 @@ class Demo:
         """The storage backend's extra configuration."""
         if self.backend == "file":
             return {"file_storage_path": str(self.directory(preset))}
-        return {"preset": preset, "url": self.directory(preset).as_uri()}
+        return {"preset": preset, "url": self.urls[preset]}
+
+    @property
+    def _storage_backend(self) -> str:
+        """What SGLang is told; a sidecar is one more store to it."""
+        return "kvcodec" if self.backend == "sidecar" else self.backend
 
     def run(self) -> None:
         """All presets, one after the other, against one server."""
@@ -101,12 +108,19 @@ class Demo:
             model = tiny_model.make_checkpoint(self.build / "demo" / "model")
         self.say("model: a tiny Llama, random but for one attention head")
         with contextlib.ExitStack() as stack:
+            for preset in self.presets:
+                self.urls[preset] = self.directory(preset).as_uri()
+                if self.backend == "sidecar":
+                    log = self.build / "demo" / f"sidecar-{preset}.log"
+                    url = stack.enter_context(sidecar(self.directory(preset), log))
+                    self.urls[preset] = url
+                    self.say(f"sidecar: kvcodec serve for {preset}, at {url}")
             with self.console.status("starting SGLang, which takes about 20 s"):
                 server = stack.enter_context(
                     SGLangServer(
                         model=model,
                         log=self.build / "demo" / "server.log",
-                        storage_backend=self.backend,
+                        storage_backend=self._storage_backend,
                         storage_extra=self._extra_of(self.presets[0]),
                         page_size=PAGE_SIZE,
                     )
@@ -122,7 +136,7 @@ class Demo:
         server.detach()
         if server.attached_backend() is not None:
             raise DemoFailed("the storage backend is still attached after detaching it")
-        server.attach(self.backend, self._extra_of(preset))
+        server.attach(self._storage_backend, self._extra_of(preset))
         self.say(f"storage detached, and attached again with preset {preset}")
 
     def _run_preset(self, server: SGLangServer, preset: str) -> None:
@@ -204,7 +218,7 @@ class Demo:
 
     def show_page(self) -> None:
         """What ``kvcodec inspect`` says about one of the stored pages."""
-        if self.backend != "kvcodec":
+        if self.backend == "file":
             return
         preset = self.presets[-1]
         page = max(_files_in(self.directory(preset)), key=lambda path: path.stat().st_size)
@@ -271,7 +285,7 @@ def _stop_in_good_order(signal_number: int, _frame: FrameType | None) -> None:
 def main() -> int:
     """Run the demo; 0 if all came out as it should."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backend", default="kvcodec", choices=("kvcodec", "file"))
+    parser.add_argument("--backend", default="kvcodec", choices=("kvcodec", "sidecar", "file"))
     parser.add_argument("--presets", default="raw,kv8", help="separated by commas")
     parser.add_argument("--build", type=Path, default=ROOT / "build", help="folder for all output")
     options = parser.parse_args()
@@ -287,7 +301,7 @@ def main() -> int:
         demo.run()
         demo.show_table()
         demo.show_page()
-    except (DemoFailed, ServerFailed) as error:
+    except (DemoFailed, ServerFailed, SidecarFailed) as error:
         problem = str(error)
     report = {"ok": problem is None, "runs": [asdict(run) for run in demo.runs]}
     demo.build.mkdir(parents=True, exist_ok=True)
