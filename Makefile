@@ -23,7 +23,7 @@ SGLANG := $(VENV)/stamp-sglang
 STORES := $(VENV)/stamp-stores
 
 .PHONY: help setup sglang stores demo demo-sidecar test check lint types pytest native-test neon-test fuzz-long \
-  bench bench-controller bench-store bench-network bench-sidecar fault-runs \
+  bench bench-controller bench-store bench-network bench-sidecar soak-sidecar fault-runs \
   container container-test quality dist clean distclean
 .DEFAULT_GOAL := help
 
@@ -106,6 +106,10 @@ bench-sidecar: $(INSTALLED)  ## the sidecar against the store in the same proces
 	$(PIP_INSTALL) --no-warn-conflicts matplotlib
 	$(BIN)/python tools/bench_sidecar.py --json docs/measurements/sidecar.json \
 	  --plot docs/images/sidecar.svg
+
+soak-sidecar: $(INSTALLED)  ## a day of pages through one sidecar: twenty minutes
+	mkdir -p docs/measurements
+	$(BIN)/python tools/soak_sidecar.py --json docs/measurements/sidecar-soak.json
 
 container:  ## the sidecar's image, with docker or podman
 	docker/build.sh kvcodec

@@ -112,7 +112,7 @@ class Demo:
                 self.urls[preset] = self.directory(preset).as_uri()
                 if self.backend == "sidecar":
                     log = self.build / "demo" / f"sidecar-{preset}.log"
-                    url = stack.enter_context(sidecar(self.directory(preset), log))
+                    url = stack.enter_context(sidecar(self.directory(preset).as_uri(), log))
                     self.urls[preset] = url
                     self.say(f"sidecar: kvcodec serve for {preset}, at {url}")
             with self.console.status("starting SGLang, which takes about 20 s"):

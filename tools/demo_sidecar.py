@@ -1,4 +1,4 @@
-"""A sidecar for the demo: ``kvcodec serve`` in front of a directory, between enter and exit."""
+"""A sidecar for the demo: ``kvcodec serve`` in front of a store, between enter and exit."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class SidecarFailed(Exception):
 
 
 @contextmanager
-def sidecar(directory: Path, log: Path) -> Iterator[str]:
-    """The URL under which an engine reaches a sidecar that keeps its pages in `directory`."""
+def sidecar(store_url: str, log: Path) -> Iterator[str]:
+    """The URL under which an engine reaches a sidecar that keeps its pages in that store."""
     with tempfile.TemporaryDirectory(prefix="kvcodec-") as folder, log.open("wb") as output:
         socket = Path(folder) / "kvcodec.sock"  # short: a socket's path has 107 bytes at most
         command = [str(Path(sys.executable).with_name("kvcodec")), "serve"]
-        command += [f"--store.url={directory.as_uri()}", "--store.ram_bytes=64MiB"]
+        command += [f"--store.url={store_url}", "--store.ram_bytes=64MiB"]
         command += [f"--listen.unix={socket}", "--http.address="]
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
