@@ -372,6 +372,7 @@ backend.close()
 def test_a_fork_has_its_own_connection(sidecar, door, when):
     run = subprocess.run(
         [sys.executable, "-c", FORKED, getattr(sidecar, door), when],
+        env={key: value for key, value in os.environ.items() if not key.startswith("GRPC_")},
         capture_output=True,
         text=True,
         timeout=60,

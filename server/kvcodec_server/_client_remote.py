@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 
 from kvcodec.backend import Deadline, GetResult, PutResult
-from kvcodec.errors import BackendError, BackendTimeout
+from kvcodec.errors import BackendError
 from kvcodec_proto.v1 import service_pb2 as pb
 from kvcodec_proto.v1.service_pb2_grpc import PageServiceStub
 from kvcodec_server._client_local import as_backend_error
@@ -22,6 +22,7 @@ __all__ = ["RemoteDoor"]
 _OBJECTS_PER_CALL = 500
 # A connection that was left is closed after this time: calls on it that do hear something go on.
 _LEFT_SECONDS = 60.0
+_MAX_LEFT = 8
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -74,6 +75,7 @@ class RemoteDoor:
             self._left.append(self._line)
             self._line = _Line(self._open_channel())
             silent = [line for line in self._left if now - line.left_at > _LEFT_SECONDS]
+            silent += [line for line in self._left[:-_MAX_LEFT] if line not in silent]
             self._left = [line for line in self._left if line not in silent]
         for line in silent:
             line.channel.close()
@@ -114,7 +116,7 @@ class RemoteDoor:
                 parts.cancel()
         except grpc.RpcError as error:
             found = as_backend_error(error)
-            if isinstance(found, BackendTimeout) and not results:
+            if not results:
                 self.suspect(line.stub)
             results += [found] * (len(pairs) - len(results))
         except (BackendError, ValueError) as error:
@@ -132,8 +134,7 @@ class RemoteDoor:
             error = BackendError(f"{len(response.outcomes)} answers for {len(pairs)} objects")
         except grpc.RpcError as call:
             error = as_backend_error(call)
-            if isinstance(error, BackendTimeout):
-                self.suspect(line.stub)
+            self.suspect(line.stub)
         except ValueError as closed:
             error = BackendError(str(closed))
         finally:

@@ -274,8 +274,7 @@ class SidecarBackend(Backend):
             return getattr(stub, verb)(request, timeout=left, metadata=metadata)
         except grpc.RpcError as error:
             found = as_backend_error(error)
-            if isinstance(found, BackendTimeout):
-                door.suspect(stub)
+            door.suspect(stub)
             return found
         except ValueError as error:  # the channel was closed meanwhile
             return BackendError(str(error))
