@@ -1,3 +1,3 @@
-"""The protobuf messages of kvcodec: bytes in flight, a typed view of the header at rest."""
+"""Bytes in flight: the sidecar's protobuf messages, in `v1`, and those of ``lmcache://``."""
 
 __all__: list[str] = []
