@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -94,9 +94,13 @@ class PageStore:
         return self._exists(self._names(keys))
 
     def exists_prefix(self, keys: Sequence[str]) -> int:
-        """How many pages from the first on are stored without a gap."""
-        found = self.exists(keys)
-        return found.index(False) if False in found else len(found)
+        """How many pages from the first on are stored without a gap. No answer in time is a gap."""
+        names, backend = self._names(keys), self._pipeline.backend
+
+        def ask(seconds: float) -> int:
+            return backend.exists_prefix(names, timeout_seconds=seconds)
+
+        return min(self._question(ask, lambda count: count > 0, len(names)) or 0, len(names))
 
     def backup(
         self, keys: Sequence[str], views: PageViews, *, protected: Sequence[bool] | None = None
@@ -239,30 +243,38 @@ class PageStore:
             self._pipeline.counts.add(name, amount)
 
     def _exists(self, names: list[str]) -> list[bool]:
-        backend, timeout = self._pipeline.backend, self._pipeline.options.exists_timeout_seconds
+        backend = self._pipeline.backend
+
+        def ask(seconds: float) -> list[bool]:
+            return backend.exists(names, timeout_seconds=seconds)
+
+        answer = self._question(ask, lambda there: True in there, len(names))
+        return [False] * len(names) if answer is None else answer
+
+    def _question(
+        self, ask: Callable[[float], T], finds: Callable[[T], bool], count: int
+    ) -> T | None:
+        """What the store answers to a question about so many pages, None if nothing in time."""
+        timeout = self._pipeline.options.exists_timeout_seconds
         if not self._pipeline.reads.admits:
-            self._count("exists.refused", len(names))
-            return [False] * len(names)
+            self._count("exists.refused", count)
+            return None
         started, attempt = time.monotonic(), Attempt()
         answer = self._pipeline.io.call(
-            lambda: self._pipeline.guarded(
-                # A little less than the caller waits, so that a partial answer still arrives.
-                "exists",
-                lambda: backend.exists(names, timeout_seconds=0.9 * timeout),
-            ),
+            # A little less than the caller waits, so that a partial answer still arrives.
+            lambda: self._pipeline.guarded("exists", lambda: ask(0.9 * timeout)),
             None,
             timeout,
         )
         # A backend answers "no" to what it could not ask in time, so a call that took all its time
         # and found nothing is silence.
-        if time.monotonic() - started > 0.85 * timeout and not (answer and True in answer):
+        if time.monotonic() - started > 0.85 * timeout and not (answer and finds(answer)):
             attempt.silent = 1
         else:
-            attempt.note(answer)
+            attempt.note(None if answer is None else [answer])
         self._pipeline.reads.settle(attempt)
         if answer is None:
             self._count("exists.unanswered")
-            return [False] * len(names)
         return answer
 
     def _encode(self, chunk: Chunk, which: str, keys: Sequence[str], views: PageViews) -> None:

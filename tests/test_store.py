@@ -499,3 +499,18 @@ def test_a_malformed_url_is_a_config_error() -> None:
         open_backend("file://[x")
     with pytest.raises(ConfigError, match="no backend for the URL 'nowhere://x'"):
         open_backend("nowhere://x")
+
+
+def test_a_leading_run_is_asked_for_as_such(backend: FakeBackend, raw_store: PageStore) -> None:
+    """A store that counts by itself is not asked about each page, and is not believed blindly."""
+    asked: list[int] = []
+    answers = [3, 0, 99]
+
+    def count(names: Sequence[str], *, timeout_seconds: float) -> int:
+        asked.append(len(names))
+        return answers.pop(0)
+
+    backend.exists_prefix = count  # type: ignore[method-assign]
+    assert [raw_store.exists_prefix(keys_of(5)) for _ in range(3)] == [3, 0, 5]
+    assert asked == [5, 5, 5]
+    assert ("exists", 5) not in backend.calls

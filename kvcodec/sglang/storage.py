@@ -303,7 +303,12 @@ class KVCodecStorage(HiCacheStorage):
         found: list[bool] = []
         end = time.monotonic() + self._options.store.exists_timeout_seconds
         while pool is not None and len(found) < len(keys):
-            part = pool.store.exists(keys[len(found) : len(found) + _QUESTION_PAGES])
+            asked = keys[len(found) : len(found) + _QUESTION_PAGES]
+            if until_gap:
+                run = pool.store.exists_prefix(asked)
+                part = [True] * run + [False] * (len(asked) - run)
+            else:
+                part = pool.store.exists(asked)
             found += part
             if (until_gap and False in part) or time.monotonic() > end:
                 break
