@@ -22,6 +22,8 @@ _PROBE_SECONDS = 2.0
 # Probes that hang for ever keep their threads; with so many of them hanging, no more are started.
 _PROBE_THREADS = 4
 _MAX_COOLDOWN_FACTOR = 64
+# How soon it is asked after the first opening: perhaps it only took its time to connect.
+_FIRST_FACTOR = 0.05
 
 
 class Attempt:
@@ -52,8 +54,9 @@ class Breaker:
     """Decides whether a store is asked. Thread-safe; no method but `close` ever waits.
 
     `probe` asks the store anything that it answers at once when it is well, and raises when it is
-    not. A breaker that opens again without an answer in between stays open twice as long, up to 64
-    cooldowns: a store that answers probes and nothing else must not cost a deadline each time.
+    not: soon after the first opening, then every cooldown. A breaker that opens again without an
+    answer in between stays open for one cooldown at least, and twice as long each time, up to 64: a
+    store that answers probes and nothing else must not cost a deadline each time.
     """
 
     def __init__(
@@ -101,7 +104,9 @@ class Breaker:
             if self._open or self._failed_in_a_row < self._failures:
                 return
             self._open = True
-            factor = min(1 << self._openings_in_a_row, _MAX_COOLDOWN_FACTOR)
+            factor = min(2.0 ** (self._openings_in_a_row - 1), _MAX_COOLDOWN_FACTOR)
+            if not self._openings_in_a_row:
+                factor = _FIRST_FACTOR
             self._openings_in_a_row += 1
         seconds = self._cooldown_seconds * factor
         self._counts.add(f"{self.name}_breaker.opened")

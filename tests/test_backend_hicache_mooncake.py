@@ -185,7 +185,9 @@ def test_pages_pass_through_sglangs_controller_to_mooncake(
     master: MooncakeMaster, tmp_path: Path, preset: str
 ):
     """Device, host, kvcodec, Mooncake's master and another process's memory, and back again."""
-    options = {"url": master.url, "preset": preset, "namespace": preset}
+    options: dict[str, object] = {"url": master.url, "preset": preset, "namespace": preset}
+    # Connecting to Mooncake takes its time on a busy machine.
+    options |= {f"{call}_timeout_seconds": 20 for call in ("exists", "prefetch", "backup")}
     _, original, rows, counters = round_trip(tmp_path, options, kind="mha", layout="page_first")
     assert rows.token_count == original.token_count
     assert rows.equals(original) == (preset == "raw")

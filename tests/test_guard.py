@@ -138,6 +138,7 @@ def test_it_stays_open_longer_each_time_until_a_call_succeeds(
         wait_for(lambda: breaker.admits)
         return time.monotonic() - started
 
+    seconds_open()  # the first time it is asked again soon
     for doubled in range(5):
         assert seconds_open() >= 0.02 * 2**doubled
     settle(breaker, [None])
@@ -290,7 +291,7 @@ def test_a_store_that_answers_probes_and_nothing_else_costs_less_and_less(
         assert pages.prefetch(keys_of(2), empty_pages(2)[1]) == [False] * 2
         time.sleep(0.005)
     # Without doubling it would be asked every 0.55 s: eleven times.
-    assert 2 <= len([call for call in backend.calls if call[0] == "get"]) <= 7
+    assert 2 <= len([call for call in backend.calls if call[0] == "get"]) <= 8
 
 
 def test_a_choked_uplink_does_not_cost_the_hits(pages: PageStore, backend: FakeBackend) -> None:
