@@ -26,6 +26,7 @@ __all__ = [
     "ObjectInfo",
     "PutResult",
     "check_name",
+    "check_number",
     "checked_buffers",
     "checked_names",
     "checked_objects",
@@ -156,6 +157,14 @@ def check_name(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise ConfigError(f"object name {name[:120]!r} is not <32 hex digits>/<64 hex digits>")
     return name
+
+
+def check_number(name: str, value: object, whole: bool, low: float, high: float) -> None:
+    """`ConfigError` unless the option's value is a number, a whole one if asked, in this range."""
+    allowed = int if whole else int | float
+    if isinstance(value, bool) or not isinstance(value, allowed) or not low <= value <= high:
+        kind = "a whole number" if whole else "a number"
+        raise ConfigError(f"{name} is {value!r}, allowed is {kind} from {low} to {high}")
 
 
 def parse_byte_count(name: str, text: str) -> int:

@@ -10,9 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from kvcodec.backend import Backend
+from kvcodec.backend import Backend, check_number
 from kvcodec.codec import Codec
-from kvcodec.errors import ConfigError
 from kvcodec.guard import Breaker
 from kvcodec.log import RateLimitedLog
 from kvcodec.workers import Buffers, Counters, IOThreads
@@ -58,15 +57,7 @@ class StoreOptions:
             ("breaker_failures", True, 0, 1_000_000),
             ("breaker_cooldown_seconds", False, 0.01, 3600),
         ):
-            value = getattr(self, name)
-            allowed = int if whole else int | float
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, allowed)
-                or not low <= value <= high
-            ):
-                kind = "a whole number" if whole else "a number"
-                raise ConfigError(f"{name} is {value!r}, allowed is {kind} from {low} to {high}")
+            check_number(name, getattr(self, name), whole, low, high)
 
 
 class Pipeline:
@@ -132,9 +123,13 @@ class Pipeline:
 
     def close(self) -> None:
         """Finish what is under way (briefly), then let go of threads and store. Twice is fine."""
+        self.stop()
+        self.backend.close()
+
+    def stop(self) -> None:
+        """The same, for a backend that goes on without this pipeline."""
         self.reads.close()
         self.writes.close()
         self.io.close(timeout_seconds=2.0)
         self.codec.close()
         self.buffers.close()
-        self.backend.close()

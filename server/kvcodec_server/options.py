@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
+from kvcodec.backend import check_number
 from kvcodec.errors import ConfigError
 
 __all__ = ["CHUNK_BYTES", "RELOADABLE", "ServerOptions", "ignore_observation"]
@@ -81,15 +82,7 @@ class ServerOptions:
 
     def __post_init__(self) -> None:
         for name, (whole, low, high) in _LIMITS.items():
-            value = getattr(self, name)
-            allowed = int if whole else int | float
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, allowed)
-                or not low <= value <= high
-            ):
-                kind = "a whole number" if whole else "a number"
-                raise ConfigError(f"{name} is {value!r}, allowed is {kind} from {low} to {high}")
+            check_number(name, getattr(self, name), whole, low, high)
         if self.max_streams >= self.grpc_threads:
             raise ConfigError(
                 f"max_streams is {self.max_streams}, of {self.grpc_threads} grpc_threads; streams "

@@ -184,10 +184,7 @@ class StoreCalls:
 
     def close(self) -> None:
         """End the threads; the store stays open."""
-        self.pipeline.reads.close()
-        self.pipeline.writes.close()
-        self.pipeline.io.close(timeout_seconds=2.0)
-        self.pipeline.codec.close()
+        self.pipeline.stop()
 
     def _ask(
         self,
