@@ -144,8 +144,7 @@ class Servicer(service_pb2_grpc.PageServiceServicer):
     ) -> pb.ExistsResponse:
         """Whether objects are there."""
         with self._call("exists", context) as call:
-            self._check_count(request.names)
-            names = list(map(check_name, request.names))
+            names = self._checked(request.names)
             found = self.calls.exists(names, call.seconds)
             self._count_found("exists", found.count(True), found.count(False))
             return pb.ExistsResponse(exists=found)
@@ -155,8 +154,7 @@ class Servicer(service_pb2_grpc.PageServiceServicer):
     ) -> pb.ExistsPrefixResponse:
         """The length of the leading run."""
         with self._call("exists", context) as call:
-            self._check_count(request.names)
-            names = list(map(check_name, request.names))
+            names = self._checked(request.names)
             count = self.calls.exists_prefix(names, call.seconds)
             self._count_found("exists", count, len(names) - count)
             return pb.ExistsPrefixResponse(count=count)
@@ -166,8 +164,7 @@ class Servicer(service_pb2_grpc.PageServiceServicer):
     ) -> pb.DeleteResponse:
         """Remove objects."""
         with self._call("delete", context) as call:
-            self._check_count(request.names)
-            names = list(map(check_name, request.names))
+            names = self._checked(request.names)
             deleted = self.calls.delete(names, call.seconds)
             self._count_found("delete", deleted.count(True), deleted.count(False))
             return pb.DeleteResponse(deleted=deleted)
@@ -204,10 +201,8 @@ class Servicer(service_pb2_grpc.PageServiceServicer):
     ) -> pb.InspectResponse:
         """What pages say about themselves."""
         with self._call("inspect", context) as call:
-            self._check_count(request.names)
-            for name in request.names:
-                check_name(name)
-            outcomes = [self._inspect(name, request.verify, call) for name in request.names]
+            names = self._checked(request.names)
+            outcomes = [self._inspect(name, request.verify, call) for name in names]
             self._settle("inspect", call, outcomes)
             return pb.InspectResponse(outcomes=outcomes)
 
@@ -307,6 +302,11 @@ class Servicer(service_pb2_grpc.PageServiceServicer):
         if not request.HasField("raw"):
             return None
         return RawPages(self.calls, request.raw, self.options.max_object_bytes)
+
+    def _checked(self, names: Sequence[str]) -> list[str]:
+        """The names of a call; `ConfigError` for too many, or one that is none."""
+        self._check_count(names)
+        return list(map(check_name, names))
 
     def _check_count(self, objects: Sequence[object]) -> None:
         if len(objects) > self.options.max_objects:
