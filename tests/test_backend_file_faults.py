@@ -10,10 +10,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from failing_calls import FailingCalls
 from file_store import (
     NAMESPACE,
     finish_child,
@@ -243,41 +243,10 @@ CALLS = (
 )
 
 
-class FailingCalls:
-    """Counts the system calls made through `os`, and lets some of them fail."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.count = 0
-        self.fails: Callable[[int], bool] = lambda number: False
-        self.code = errno.EIO
-        for call in CALLS.split():
-            monkeypatch.setattr(os, call, self.wrapped(call, getattr(os, call)))
-
-    def wrapped(self, call: str, real: Callable[..., object]) -> Callable[..., object]:
-        def wrapper(*arguments: object, **options: object) -> object:
-            self.count += 1
-            if self.fails(self.count):
-                if call == "close":
-                    # Linux closes a descriptor even if close reports an error.
-                    real(*arguments, **options)
-                raise OSError(self.code, f"injected into {call}")
-            return real(*arguments, **options)
-
-        return wrapper
-
-    @contextmanager
-    def failing(self, code: int, fails: Callable[[int], bool]) -> Iterator[None]:
-        self.count, self.code, self.fails = 0, code, fails
-        try:
-            yield
-        finally:
-            self.fails = lambda number: False
-
-
 @pytest.fixture
 def calls() -> Iterator[FailingCalls]:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        yield FailingCalls(monkeypatch)
+        yield FailingCalls(monkeypatch, CALLS)
 
 
 CLASS_OF = {

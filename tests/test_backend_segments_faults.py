@@ -12,10 +12,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from failing_calls import FailingCalls
 from file_store import in_child, name, remove_tree
 from segment_store import (
     KIB,
@@ -369,40 +370,10 @@ CALLS = (
 )
 
 
-class FailingCalls:
-    """Counts the system calls made through `os`, and lets some of them fail."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.count = 0
-        self.fails: Callable[[int], bool] = lambda number: False
-        self.code = errno.EIO
-        for call in CALLS.split():
-            monkeypatch.setattr(os, call, self.wrapped(call, getattr(os, call)))
-
-    def wrapped(self, call: str, real: Callable[..., object]) -> Callable[..., object]:
-        def wrapper(*arguments: object, **options: object) -> object:
-            self.count += 1
-            if self.fails(self.count):
-                if call == "close":
-                    real(*arguments, **options)
-                raise OSError(self.code, f"injected into {call}")
-            return real(*arguments, **options)
-
-        return wrapper
-
-    @contextmanager
-    def failing(self, code: int, fails: Callable[[int], bool]) -> Iterator[None]:
-        self.count, self.code, self.fails = 0, code, fails
-        try:
-            yield
-        finally:
-            self.fails = lambda number: False
-
-
 @pytest.fixture
 def calls() -> Iterator[FailingCalls]:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        yield FailingCalls(monkeypatch)
+        yield FailingCalls(monkeypatch, CALLS)
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EACCES, errno.EINVAL])
