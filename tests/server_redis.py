@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from real_server import RealServer, answers_on, free_port, need
 
-__all__ = ["RedisServer", "certificates", "slow_proxy"]
+__all__ = ["RedisServer", "certificates"]
 
 
 class RedisServer(RealServer):
@@ -68,43 +64,3 @@ def certificates(directory: Path) -> None:
             *("x509", "-req", "-in", f"{owner}.csr", "-CA", "ca.pem", "-CAkey", "ca.key"),
             *("-CAcreateserial", "-days", "2", "-extfile", "names", "-out", f"{owner}.pem"),
         )
-
-
-@contextmanager
-def slow_proxy(port: int, bytes_per_second: int) -> Iterator[int]:
-    """A port of this machine that hands on what comes from `port` no faster than that."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    sockets = [listener]
-
-    def forward(
-        source: socket.socket, target: socket.socket, slice_bytes: int, pause: float
-    ) -> None:
-        try:
-            while data := source.recv(slice_bytes):
-                target.sendall(data)
-                time.sleep(pause)
-        except OSError:
-            pass  # one of the two ends is gone
-        finally:
-            target.close()
-
-    def accept() -> None:
-        while True:
-            try:
-                client, _ = listener.accept()
-            except OSError:
-                return
-            server = socket.create_connection(("127.0.0.1", port))
-            sockets.extend((client, server))
-            for arguments in (
-                (client, server, 1 << 16, 0.0),
-                (server, client, bytes_per_second // 20, 0.05),
-            ):
-                threading.Thread(target=forward, args=arguments, daemon=True).start()
-
-    threading.Thread(target=accept, daemon=True).start()
-    try:
-        yield listener.getsockname()[1]
-    finally:
-        for each in sockets:
-            each.close()

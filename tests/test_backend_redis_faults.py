@@ -11,8 +11,9 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from faulty_proxy import FaultyProxy
 from real_server import free_port
-from server_redis import RedisServer, slow_proxy
+from server_redis import RedisServer
 
 from kvcodec.backend import Backend
 from kvcodec.errors import (
@@ -174,8 +175,9 @@ def test_a_trickling_server_costs_a_call_its_deadline(server: RedisServer, backe
     """Every system call makes progress, so only a deadline of the whole call ends it."""
     for name in NAMES:
         assert put(backend, name, data=os.urandom(50_000)) == [None]
-    with slow_proxy(server.port, 10_000) as port:
-        slow = RedisBackend.from_url(server.url.replace(str(server.port), str(port)))
+    with FaultyProxy("127.0.0.1", server.port) as proxy:
+        proxy.rate = 10_000
+        slow = RedisBackend.from_url(server.url.replace(str(server.port), str(proxy.port)))
         with closing(slow):
             started = time.monotonic()
             answers = get(slow, *NAMES, size=60_000, seconds=1.0)
@@ -237,8 +239,9 @@ def test_whatever_a_peer_says_is_an_answer(line: bytes, said: str):
 def test_results_before_a_lost_connection_stay(server: RedisServer, backend: RedisBackend):
     for name in NAMES:
         assert put(backend, name, data=b"x" * 2000) == [None]
-    with slow_proxy(server.port, 4_000) as port:
-        slow = RedisBackend.from_url(server.url.replace(str(server.port), str(port)))
+    with FaultyProxy("127.0.0.1", server.port) as proxy:
+        proxy.rate = 4_000
+        slow = RedisBackend.from_url(server.url.replace(str(server.port), str(proxy.port)))
         with closing(slow):
             answers = get(slow, *NAMES, size=3000, seconds=1.5)
     assert isinstance(answers[-1], BackendTimeout)
