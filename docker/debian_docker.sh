@@ -18,7 +18,7 @@ base=$(sed -n 's/^ARG PYTHON_IMAGE=//p' "$here/Dockerfile")
 release=${base##*-}
 
 mkdir -p "$folder"
-if [ ! -x "$folder/root/usr/sbin/debootstrap" ]; then
+if [ ! -x "$folder/unpacked/usr/sbin/debootstrap" ]; then
     mkdir -p "$folder/debs"
     (
         cd "$folder/debs"
@@ -26,16 +26,16 @@ if [ ! -x "$folder/root/usr/sbin/debootstrap" ]; then
             apt-get update -qq
             apt-get download -qq "${packages[@]}"
         }
-        for deb in *.deb; do dpkg -x "$deb" "$folder/root"; done
+        for deb in *.deb; do dpkg -x "$deb" "$folder/unpacked"; done
     )
     rm -r "$folder/debs"
 fi
-export PATH="$folder/root/usr/bin:$folder/root/usr/sbin:$PATH"
+export PATH="$folder/unpacked/usr/bin:$folder/unpacked/usr/sbin:$PATH"
 export DOCKER_HOST="unix://$folder/docker.sock"
 
 # A chroot of this release has the Python that the image of this release is made from.
 if [ ! -f "$folder/base.tar" ]; then
-    export DEBOOTSTRAP_DIR="$folder/root/usr/share/debootstrap"
+    export DEBOOTSTRAP_DIR="$folder/unpacked/usr/share/debootstrap"
     debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates \
         "$release" "$folder/chroot" >"$folder/debootstrap.log"
     rm -rf "$folder"/chroot/var/{cache/apt/archives/*.deb,lib/apt/lists/*} \
