@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from google.protobuf import descriptor_pb2
+from real_server import STORES
 
 from kvcodec_proto.v1 import pages_pb2, service_pb2
 
@@ -18,9 +19,9 @@ BASELINE = PROTO / "baseline.binpb"
 
 
 def buf(*arguments: str) -> subprocess.CompletedProcess[str]:
-    program = shutil.which("buf")
+    program = shutil.which("buf", path=f"{STORES / 'buf' / 'bin'}") or shutil.which("buf")
     if program is None:
-        pytest.skip("buf is not installed; npm install @bufbuild/buf has it")
+        pytest.skip("buf is not installed; `make stores` does it where it can")
     return subprocess.run(
         [program, *arguments], cwd=PROTO, capture_output=True, text=True, check=False
     )
