@@ -139,6 +139,13 @@ class Backend(abc.ABC):
         del memory
         return True
 
+    @property
+    def origin(self) -> Backend:
+        """The store itself, behind whatever keeps copies in front of it: who wants to know whether
+        it is well asks this one. It is closed with the one in front.
+        """
+        return self
+
     @abc.abstractmethod
     def close(self) -> None:
         """Let go of files and connections. Afterwards nothing exists, reads and writes answer
@@ -150,6 +157,13 @@ class Backend(abc.ABC):
         """Monotonic counts of what happened inside (evicted objects, swept orphans ...); never
         blocks.
         """
+
+    def gauges(self) -> Mapping[str, int]:
+        """Numbers of now, as far as they are known without asking anybody; never blocks.
+
+        ``stored_bytes`` are those of the objects, ``limit_bytes`` how many there may be.
+        """
+        return {}
 
 
 def check_name(name: str) -> str:

@@ -164,7 +164,9 @@ def test_a_disk_filled_by_others_evicts_within_a_quota(mounted: Callable[[str], 
     for number in range(100):
         assert put(backend, number, b"x" * 100_000) is None
     assert get(backend, 99, 100_000)
-    assert backend.counters()["evicted_objects"] >= 80
+    assert backend.counters()["displaced_objects"] >= 80
+    assert backend.counters()["displaced_bytes"] >= 80 * 100_000
+    assert backend.counters()["evicted_objects"] == 0
     assert ledger_bytes(backend) == stored_bytes(root)
     # Nothing of ours to evict, all of it taken by somebody else.
     backend.delete([name(number) for number in range(100)], timeout_seconds=1)

@@ -44,6 +44,18 @@ def test_the_least_recently_used_goes_first(root: Path):
     assert ledger_bytes(backend) == stored_bytes(root) == 1000
 
 
+def test_bytes_of_all_processes_are_known_with_a_quota(root: Path):
+    assert FileBackend(str(root)).gauges() == {}
+    one = FileBackend(str(root), max_bytes=1000)
+    put(one, 0, b"x" * 100)
+    assert one.gauges() == {"stored_bytes": 100, "limit_bytes": 1000}
+    other = FileBackend(str(root), max_bytes=1000)
+    assert other.gauges() == {"stored_bytes": 100, "limit_bytes": 1000}
+    put(other, 1, b"x" * 200)
+    put(one, 2, b"x" * 300)
+    assert one.gauges()["stored_bytes"] == 600
+
+
 def test_after_a_restart_the_oldest_goes_first(root: Path):
     FileBackend(str(root)).close()
     backend = FileBackend(str(root), max_bytes=1000)

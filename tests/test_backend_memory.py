@@ -57,6 +57,7 @@ def test_the_least_recently_used_goes_first():
     assert put(backend, 5, 60) is None
     assert present(backend, range(6)) == [4, 5]
     assert backend.counters() == {"evicted_objects": 4, "evicted_bytes": 100}
+    assert backend.gauges() == {"stored_bytes": 85, "limit_bytes": 100}
 
 
 def test_an_object_above_the_limit_is_full_and_evicts_nothing():

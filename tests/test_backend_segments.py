@@ -207,8 +207,21 @@ def test_what_is_too_old_is_gone_and_its_segment_with_it(root: Path):
         assert list(backend.list()) == []
         put_all(backend, {9: content(9, 30_000)})
         assert len(segment_paths(root)) == 1
+        assert backend.counters()["expired_objects"] == 4
+        assert backend.counters()["expired_bytes"] == 4 * 30_000
+        assert backend.counters()["evicted_objects"] == 0
     with closing(open_store(root, "segment_bytes=64KiB")) as backend:
         assert list(get_all(backend, list(range(10)))) == [9]
+
+
+def test_bytes_of_its_segments_are_known(root: Path):
+    with closing(open_store(root, "segment_bytes=64KiB&max_bytes=1MiB")) as backend:
+        assert backend.gauges() == {"stored_bytes": 0, "limit_bytes": 1 << 20}
+        put_all(backend, {number: content(number, 30_000) for number in range(4)})
+        assert 120_000 <= backend.gauges()["stored_bytes"] <= 128 << 10
+    with closing(open_store(root, "segment_bytes=64KiB")) as backend:
+        assert 120_000 <= backend.gauges()["stored_bytes"] <= 128 << 10
+        assert "limit_bytes" not in backend.gauges()
 
 
 # --- format

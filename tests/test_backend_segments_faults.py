@@ -302,7 +302,9 @@ def test_a_disk_filled_by_others_evicts_within_a_quota(mounted: Callable[[str], 
         for number in range(100):
             assert put_one(backend, number, content(number, 50_000)) is None
         assert get_all(backend, [0, 99]) == {99: content(99, 50_000)}
-        assert backend.counters()["evicted_objects"] > 50
+        assert backend.counters()["displaced_objects"] > 50
+        assert backend.counters()["displaced_bytes"] > 50 * 50_000
+        assert backend.counters()["evicted_objects"] == 0
 
 
 def test_a_read_only_disk_is_read(mounted: Callable[[str], Path]):

@@ -10,7 +10,7 @@ import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import ClassVar
 
@@ -480,3 +480,27 @@ def test_an_object_info_of_the_store_is_passed_on(fake_store):
     store.objects[name(1)] = data(1)
     info = backend.stat(name(1), timeout_seconds=5)
     assert isinstance(info, ObjectInfo) and info.stored_bytes == 1000
+
+
+# --- what a sidecar asks
+
+
+def test_bytes_of_memory_and_of_the_store_are_told_apart():
+    store_url = "memory://gauged?max_bytes=50kB"
+    with closing(open_backend(tier_url(store_url, bytes="200kB"))) as backend:
+        put(backend, 0, size=1000)
+        assert 1000 < backend.used_bytes < 3000
+        assert backend.gauges() == {
+            "stored_bytes": backend.used_bytes,
+            "limit_bytes": 200_000,
+            "store.stored_bytes": 1000,
+            "store.limit_bytes": 50_000,
+        }
+
+
+def test_its_origin_is_the_last_store_of_a_chain():
+    with closing(open_backend(tier_url(tier_url("memory://")))) as backend:
+        assert isinstance(backend.origin, MemoryBackend)
+        assert backend.origin.origin is backend.origin
+        put(backend, 0)
+        assert backend.origin.exists([name(0)], timeout_seconds=1) == [True]

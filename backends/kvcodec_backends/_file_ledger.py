@@ -45,7 +45,7 @@ class Ledger:
         self.reserved_bytes = 0
         #: Somebody removed the ledger or took the slot: this object is of no more use.
         self.is_lost = False
-        self._total = 0
+        self._others_bytes = 0
         self._slot_offset = 0
         self._checked_seconds = time.time()
         self._owner = str(Writer.current()).encode()
@@ -54,6 +54,7 @@ class Ledger:
         try:
             with self._locked(lock_timeout_seconds):
                 self._take_slot(count_bytes)
+            self.exchange()
         except BaseException:
             os.close(self._fd)
             raise
@@ -79,11 +80,17 @@ class Ledger:
         try:
             slots = self._read_slots()
         except OSError:
-            return self._total
+            return self.total_bytes
         own = self._slot_offset // _SLOT.size
-        others = sum(slot[1] + slot[2] for index, slot in enumerate(slots) if index != own)
-        self._total = others + self.stored_bytes + self.reserved_bytes
-        return self._total
+        self._others_bytes = sum(
+            slot[1] + slot[2] for index, slot in enumerate(slots) if index != own
+        )
+        return self.total_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """The sum as far as it is known without asking."""
+        return self._others_bytes + self.stored_bytes + self.reserved_bytes
 
     def quiet_bytes(self) -> int | None:
         """What the others have stored, if none of them is just adding or evicting anything."""

@@ -67,6 +67,11 @@ class Quota:
         """Whether somebody removed the root's ledger: another account has to be opened."""
         return self._ledger.is_lost
 
+    @property
+    def used_bytes(self) -> int:
+        """Bytes stored or about to be by everybody, as far as this process knows."""
+        return self._ledger.total_bytes
+
     def touch(self, names: Iterable[str]) -> None:
         """Note that objects were read. Takes no lock: a reader never waits for a writer."""
         self._read_names.extend(names)
@@ -87,7 +92,7 @@ class Quota:
                         return
                     victims = self._take_oldest(excess)
                 if victims:
-                    self._unlink(victims)
+                    self._unlink(victims, "evicted")
                 elif deadline.passed() or not self._scanned_again():
                     raise BackendFull(
                         f"{excess} bytes above max_bytes={self._max_bytes}, nothing known to evict"
@@ -122,7 +127,7 @@ class Quota:
             if self._closed:
                 return False
             victims = self._take_oldest(wanted_bytes)
-        return self._unlink(victims) > 0
+        return self._unlink(victims, "displaced") > 0
 
     def forget(self, name: str, removed_bytes: int) -> None:
         """Note that an object was removed by somebody's wish."""
@@ -158,9 +163,9 @@ class Quota:
             self._leaving_bytes += stored_bytes
         return victims
 
-    def _unlink(self, victims: list[tuple[str, int]]) -> int:
+    def _unlink(self, victims: list[tuple[str, int]], counter: str) -> int:
         """Remove files, without the lock: a file system may take its time over it. How many bytes
-        went.
+        went; `counter` is the first word of who counts them.
         """
         freed_bytes = 0
         removed_count = 0
@@ -179,8 +184,8 @@ class Quota:
             if not self._closed:
                 self._ledger.stored_bytes -= freed_bytes
                 self._ledger.publish()
-        self._count("evicted_objects", removed_count)
-        self._count("evicted_bytes", freed_bytes)
+        self._count(f"{counter}_objects", removed_count)
+        self._count(f"{counter}_bytes", freed_bytes)
         return freed_bytes
 
     def _scanned_again(self) -> bool:

@@ -53,7 +53,7 @@ class SegmentSpace:
             for segment in list(self._store.segments.values()):
                 is_empty = segment.live_count == 0 and segment.is_sealed
                 if is_empty or segment.last_sequence < oldest:
-                    self._drop(segment)
+                    self._drop(segment, "expired")
 
     def open_segment(self, wanted_bytes: int, deadline: Deadline, *, adopt: bool) -> OpenSegment:
         """A segment with room for so many bytes, which nobody else appends to.
@@ -128,7 +128,7 @@ class SegmentSpace:
                     # Others have filled the disk: as long as there is a quota, the oldest goes.
                     if error.errno not in FULL_ERRNOS or self._store.options.max_bytes is None:
                         raise
-                    if not any(map(self._drop, self._by_age())):
+                    if not any(self._drop(other, "displaced") for other in self._by_age()):
                         raise
             try:
                 append_to(segment.index_path, b"", self._store.count)
@@ -191,9 +191,9 @@ class SegmentSpace:
                 status = os.fstat(fd)
                 fits = status.st_size == size <= status.st_blocks * 512 and excess <= size
                 if fits and _rename(victim, heir):
-                    self._forget(victim)
+                    self._forget(victim, "evicted")
                     return fd
-                self._remove(victim, fd)
+                self._remove(victim, fd, "evicted")
             except OSError:
                 unlock(fd)
                 raise
@@ -214,29 +214,31 @@ class SegmentSpace:
         unlock(fd)
         return None
 
-    def _drop(self, segment: Segment) -> bool:
-        """Remove a segment unless somebody appends to it; whether it is gone."""
+    def _drop(self, segment: Segment, counter: str) -> bool:
+        """Remove a segment unless somebody appends to it; whether it is gone. `counter` is the
+        first word of who counts the objects in it.
+        """
         fd = self._lock(segment)
         if fd is None:
             return False
         try:
-            self._remove(segment, fd)
+            self._remove(segment, fd, counter)
         finally:
             unlock(fd)
         return True
 
-    def _remove(self, segment: Segment, fd: int) -> None:
+    def _remove(self, segment: Segment, fd: int, counter: str) -> None:
         # Whoever has it open would keep its space: so it is cut first.
         os.ftruncate(fd, 0)
         _remove_files(segment)
-        self._forget(segment)
+        self._forget(segment, counter)
 
-    def _forget(self, segment: Segment) -> None:
+    def _forget(self, segment: Segment, counter: str) -> None:
         objects, stored_bytes = self._store.index.drop_segment(segment)
         self._store.segments.pop(segment.number, None)
         self._store.count("dropped_segments", 1)
-        self._store.count("evicted_objects", objects)
-        self._store.count("evicted_bytes", stored_bytes)
+        self._store.count(f"{counter}_objects", objects)
+        self._store.count(f"{counter}_bytes", stored_bytes)
         self._store.directory.change_stamp()
 
 

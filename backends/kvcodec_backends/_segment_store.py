@@ -48,6 +48,10 @@ class SegmentStore:
         self._counts: Counter[str] = Counter(
             evicted_objects=0,
             evicted_bytes=0,
+            expired_objects=0,
+            expired_bytes=0,
+            displaced_objects=0,
+            displaced_bytes=0,
             dropped_segments=0,
             adopted_segments=0,
             recovered_objects=0,
@@ -72,6 +76,12 @@ class SegmentStore:
     def counters(self) -> dict[str, int]:
         """All counters; waits for nobody."""
         return dict(self._counts)
+
+    def gauges(self) -> dict[str, int]:
+        """Bytes of all records this process knows of, dead ones among them; waits for nobody."""
+        stored = sum(segment.end for segment in list(self.segments.values()))
+        limit = self.options.max_bytes
+        return {"stored_bytes": stored} | ({} if limit is None else {"limit_bytes": limit})
 
     def refresh(self) -> None:
         """Learn what other processes have done since the last call."""

@@ -90,7 +90,12 @@ class FileBackend(Backend):
         self._url = f"file://{self._root}"
         self._closed = False
         self._counts: Counter[str] = Counter(
-            swept_orphans=0, evicted_objects=0, evicted_bytes=0, scans=0
+            swept_orphans=0,
+            evicted_objects=0,
+            evicted_bytes=0,
+            displaced_objects=0,
+            displaced_bytes=0,
+            scans=0,
         )
         self._reset_process_state()
         if create:
@@ -226,8 +231,16 @@ class FileBackend(Backend):
                 self._quota.close()
 
     def counters(self) -> Mapping[str, int]:
-        """Swept orphans, evictions, scans of the tree, and renames for want of links."""
+        """Swept orphans, evictions to keep `max_bytes`, objects displaced by what else fills the
+        disk, scans of the tree, and renames for want of links.
+        """
         return dict(self._counts) | {"unlinkable_files": self._writer.publisher.unlinkable_count}
+
+    def gauges(self) -> Mapping[str, int]:
+        """With `max_bytes`: bytes of the files of all processes, and how many there may be."""
+        if self._max_bytes is None or (quota := self._quota) is None:
+            return {}
+        return {"stored_bytes": quota.used_bytes, "limit_bytes": self._max_bytes}
 
     def _start(self) -> None:
         """Set up what a writer needs; a store that can only be read is fine too."""

@@ -205,3 +205,7 @@ class MemoryBackend(Backend):
     def counters(self) -> Mapping[str, int]:
         """Evictions since the store was made, by whomever of its users."""
         return dict(self._store.counts)
+
+    def gauges(self) -> Mapping[str, int]:
+        """Bytes of the objects, and how many there may be."""
+        return {"stored_bytes": self._store.used_bytes, "limit_bytes": self._store.max_bytes}

@@ -334,8 +334,14 @@ class SegmentBackend(Backend):
             _leave(shared)
 
     def counters(self) -> Mapping[str, int]:
-        """Evictions, segments taken over, objects found without the index, damaged objects."""
+        """Objects evicted to keep `max_bytes`, expired, or displaced by what else fills the disk;
+        segments taken over, objects found without the index, damaged objects.
+        """
         return self._shared.store.counters()
+
+    def gauges(self) -> Mapping[str, int]:
+        """Bytes of all segments, and how many there may be if `max_bytes` says so."""
+        return self._shared.store.gauges()
 
     def _joined(self) -> _Shared:
         """The state of this process; a forked child begins anew."""

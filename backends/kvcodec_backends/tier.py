@@ -178,6 +178,11 @@ class TierBackend(Backend):
         pending = self._tier.pending_info(name)
         return pending or self._tier.store.stat(name, deadline.remaining_seconds())
 
+    @property
+    def origin(self) -> Backend:
+        """The store behind."""
+        return self._tier.store.backend.origin
+
     def close(self) -> None:
         """The last backend of the URL stores what is left, and frees the memory."""
         with _tiers_lock:
@@ -197,6 +202,14 @@ class TierBackend(Backend):
         own = dict(self._tier.counts)
         behind = self._tier.store.backend.counters()
         return own | {f"store.{name}": count for name, count in behind.items()}
+
+    def gauges(self) -> Mapping[str, int]:
+        """Bytes of memory in use, and how many there may be; the store's own begin with
+        ``store.``.
+        """
+        own = {"stored_bytes": self.used_bytes, "limit_bytes": self._tier.options.limit_bytes}
+        behind = self._tier.store.backend.gauges()
+        return own | {f"store.{name}": number for name, number in behind.items()}
 
 
 _tiers: dict[str, Tier] = {}

@@ -401,7 +401,8 @@ class BackendTests(ArgumentTests):
             self.put(backend, {name: b"data"})
             self.get(backend, [name, fresh_name()], 10)
             after = dict(backend.counters())
-        assert all(type(value) is int and value >= 0 for value in after.values())
+            numbers = [*after.values(), *backend.gauges().values()]
+        assert all(type(value) is int and value >= 0 for value in numbers)
         assert all(after[counter] >= value for counter, value in before.items())
 
     def test_any_sequence_of_calls_agrees_with_a_dict(self) -> None:

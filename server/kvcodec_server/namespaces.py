@@ -106,6 +106,10 @@ class ServedNamespaces(Backend):
         """Those of the other backend."""
         return self._backend.counters()
 
+    def gauges(self) -> Mapping[str, int]:
+        """Those of the other backend."""
+        return self._backend.gauges()
+
     def _serves(self, name: str) -> bool:
         return name.partition("/")[0] in self._digests
 
