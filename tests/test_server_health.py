@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
+from urllib.parse import quote
 
 import pytest
+from server_redis import RedisServer
+from sidecar_process import SidecarProcess, until
 
 from kvcodec.backend import open_backend
 from kvcodec.errors import BackendError, BackendFull, BackendReadOnly, ConfigError
 from kvcodec.format import EncodedPage
+from kvcodec_backends import tier as tier_module
 from kvcodec_server import health
 from kvcodec_server.health import Health, Probe, canary_page
 from kvcodec_server.namespaces import ServedNamespaces
@@ -104,6 +109,39 @@ class TestProbe:
         parsed = EncodedPage.parse(page)
         assert dict(parsed.header.identity.fields)["kvcodec"] == "canary"
         assert canary_page()[0] != name
+
+
+class TestStoreBehindMemory:
+    """What memory in front of a store answers says nothing about the store."""
+
+    @pytest.mark.parametrize("mode", ["write_through", "write_back"])
+    def test_store_that_stops_is_noticed(self, tmp_path, mode):
+        with RedisServer(tmp_path) as redis:
+            store = quote(f"{redis.url}/0")
+            settings = {
+                "store.url": f"tier+ram://?bytes=1MiB&mode={mode}&store={store}",
+                "health.probe_seconds": "0.2",
+            }
+            with SidecarProcess(tmp_path, settings) as sidecar:
+                until(lambda: sidecar.metric("kvcodec_store_up") == 1)
+                assert redis.cli("dbsize").strip() == b"0"
+                lookups = 'kvcodec_tier_lookups_total{result="hit"}'
+                redis.stop()
+                until(lambda: "kvcodec_store_up 0" in sidecar.get("/metrics")[1])
+                assert sidecar.metric(lookups) == 0
+                steps = json.loads(sidecar.get("/readyz")[1])["store"]
+                assert {"write", "read"} <= set(steps)  # what is not there need not go
+                redis.start()
+                until(lambda: sidecar.metric("kvcodec_store_up") == 1)
+
+    def test_page_that_cannot_be_read_back_is_noticed(self, store, monkeypatch):
+        broken = Strange(store, get_into=lambda *_, **__: [BackendError("unreadable")])
+        broken.origin = broken
+        monkeypatch.setattr(tier_module, "open_backend", lambda *_, **__: broken)
+        front = tier_module.TierBackend.from_url("tier+ram://?bytes=1MiB&store=fake://")
+        assert Probe(front, 0).once() == OK  # what memory would have said
+        assert Probe(front.origin, 0).once() == OK | {"read": "error"}
+        front.close()
 
 
 class TestPhases:

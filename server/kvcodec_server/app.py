@@ -90,7 +90,7 @@ class Sidecar:
         self._gate.reload(tokens, settings.tls.client_names)
         self._grpc = new_grpc_server(settings.server_options, [self._gate])
         self.health = Health((SERVICE,))
-        self._probe = Probe(self._store, settings.health.probe_seconds)
+        self._probe = Probe(self._store.origin, settings.health.probe_seconds)
         self._unix: UnixSocket | None = None
         self._http: HTTPListener | None = None
         self.tcp_addresses: list[Address] = []

@@ -72,7 +72,9 @@ class Health:
 
 
 class Probe:
-    """Asks the store from time to time, on a thread of its own."""
+    """Asks a store from time to time, on a thread of its own: the store itself, since memory in
+    front of it answers without it.
+    """
 
     def __init__(self, store: Backend, interval_seconds: float) -> None:
         """0 seconds: never."""
