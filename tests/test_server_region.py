@@ -186,8 +186,9 @@ def test_a_greeting_has_one_descriptor(host, count):
     [
         b"\0",
         b"GET / HTTP/1.1\r\n\r\n",
-        os.urandom(16),
-        os.urandom(500),
+        # Named, for tests in parallel have to agree on names.
+        pytest.param(os.urandom(16), id="noise of the right length"),
+        pytest.param(os.urandom(500), id="noise"),
         b"x" * 5000,
         wire.pack_hello(SIZE)[:-1],
         wire.pack_hello(SIZE) + b"\0",

@@ -14,13 +14,10 @@ from sglang_round_trip import (
     bits_of,
     expected_rows,
     name_of,
-    page_files,
     round_trip,
     url_of,
 )
-from sglang_tp2_worker import run_tp2
 
-from kvcodec.format import EncodedPage
 from kvcodec.layout import DType, Role
 
 pytestmark = pytest.mark.skipif(not HAS_SGLANG, reason="SGLang is not installed: make sglang")
@@ -237,31 +234,3 @@ def test_fp8_kinds_of_equal_size_are_not_mistaken(tmp_path: Path):
     with HiCacheSession(backend="kvcodec", extra=extra, dtype="fp8_e5m2") as session:
         assert session.storage._pools["kv"].store.layout.dtype is DType.FP8_E5M2
         assert session.prefetch(tokens).storage_hit_tokens == 0
-
-
-@pytest.mark.parametrize("kind", ["mha", "mla"])
-def test_two_ranks_store_and_read_their_pages(kind: str, tmp_path: Path):
-    """MHA ranks hold different heads and both write; MLA ranks hold the same and one writes. A page
-    that one rank lost ends the prefix for both.
-    """
-    options = {
-        "kind": kind,
-        "backend": "kvcodec",
-        "extra": {"url": url_of(tmp_path), "preset": "raw"},
-    }
-    reports = run_tp2(options, token_count=128)
-    assert [rank["error"] for rank in reports] == [None, None]
-    assert [rank["storage_hit_tokens"] for rank in reports] == [128, 128]
-    assert [rank["exact"] for rank in reports] == [True, True]
-    pages = page_files(tmp_path)
-    ranks = {EncodedPage.parse(page.read_bytes()).header.identity.as_dict()["tp"] for page in pages}
-    assert len(pages) == (16 if kind == "mha" else 8)
-    assert ranks == ({"0/2", "1/2"} if kind == "mha" else {"all"})
-    if kind == "mha":
-        victim = bytearray(pages[5].read_bytes())
-        victim[-1] ^= 1
-        pages[5].write_bytes(victim)
-        reports = run_tp2(options, phases=["prefetch"], token_count=128)
-        hits = [rank["storage_hit_tokens"] for rank in reports]
-        assert hits[0] == hits[1] < 128
-        assert False not in [rank["exact"] for rank in reports]

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from sglang_controller import ControllerSession
 from sglang_harness import HAS_SGLANG, HiCacheSession, file_extra, make_tokens
-from sglang_tp2_worker import run_tp2
 
 pytestmark = pytest.mark.skipif(not HAS_SGLANG, reason="SGLang is not installed: make sglang")
 
@@ -147,24 +146,3 @@ def test_sessions_do_not_overlap():
         HiCacheSession(backend=None).__enter__()
     with HiCacheSession(backend=None):
         pass
-
-
-def test_two_ranks_agree_on_what_both_have(tmp_path: Path):
-    """A page that one rank lost ends the prefix for both."""
-    options = {"extra": file_extra(tmp_path)}
-    written = run_tp2(options, phases=["backup"], token_count=128)
-    assert [rank["error"] for rank in written] == [None, None]
-    files = sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    assert len(files) == 16
-    [path for path in files if path.stem.endswith("_1_2")][4].unlink()
-    read = run_tp2(options, phases=["prefetch"], token_count=128)
-    assert [rank["storage_hit_tokens"] for rank in read] == [64, 64]
-    assert [rank["exact"] for rank in read] == [True, True]
-
-
-def test_two_ranks_share_the_pages_of_mla(tmp_path: Path):
-    """Each rank holds the same latents: one of them writes, both read."""
-    ranks = run_tp2({"kind": "mla", "extra": file_extra(tmp_path)}, token_count=128)
-    assert len(list(tmp_path.iterdir())) == 8
-    assert [rank["storage_hit_tokens"] for rank in ranks] == [128, 128]
-    assert [rank["exact"] for rank in ranks] == [True, True]

@@ -74,7 +74,8 @@ def test_a_call_is_asked_for_and_over_when_the_sidecar_says_so(peer):
         wire.pack_call(wire.FENCE, 7),
         wire.pack_call(wire.RELEASED, 7)[:-1],
         bytes([wire.WELCOME]) + b"x" * 32,
-        os.urandom(100),
+        # Named, for tests in parallel have to agree on names.
+        pytest.param(os.urandom(100), id="noise"),
     ],
 )
 def test_nothing_else_that_it_says_is_a_proof(peer, packet):
