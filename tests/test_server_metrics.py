@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,14 @@ DASHBOARD = ROOT / "docker" / "grafana" / "kvcodec.json"
 
 OPERATIONS = ("get", "put", "get_stream", "put_stream", "exists", "delete", "stat", "list")
 OPERATIONS += ("inspect", "stats")
+STORE_CALLS = ("get", "put", "exists", "delete", "stat")
+DROPPED = ("thread", "queue", "circuit", "memory")
+#: Every set of codecs that a page can have, and none.
+CODECS = ["none"] + [
+    "+".join(sorted(names))
+    for count in range(1, 5)
+    for names in combinations(("raw", "int2", "int4", "int8"), count)
+]
 READING = ("get", "get_stream", "inspect")
 GAUGES = (
     "kvcodec_ready",
@@ -75,15 +84,29 @@ def busy():
     of_stores = [name for name in statuses if "PAGE" not in name and "QUALITY" not in name]
     counters = {
         f"{operation}.{name.removeprefix('STATUS_').lower()}": 1
-        for operation in OPERATIONS
-        for name in (statuses if operation in READING else of_stores)
+        for operation, names in (("get", statuses), ("inspect", statuses), ("put", of_stores))
+        for name in names
     }
+    counters |= {f"{op}.{name}": 1 for op in ("exists", "delete") for name in ("ok", "not_found")}
     counters |= {f"{name}_breaker.opened": 1 for name in ("reads", "writes")}
     counters |= {"io.replaced_threads": 1, "backend.hits": 2, "backend.misses": 1}
-    counters |= {f"backend.{place}evicted_objects": 1 for place in ("", "store.")}
-    counters |= {f"backend.{place}evicted_bytes": 1 for place in ("", "store.")}
+    for kind in ("objects", "bytes"):
+        counters |= {f"backend.{place}evicted_{kind}": 1 for place in ("", "store.")}
+        counters |= {f"backend.store.{why}_{kind}": 1 for why in ("expired", "displaced")}
     counters |= {"backend.store.swept_orphans": 1, "backend.store.scans": 3}
-    metrics = metrics_of("tier+ram://?bytes=1", Server(counters, calls=1, reads_refused=1))
+    counters |= {"backend.lost_objects": 1, "removed.corrupt_page": 1}
+    counters |= {f"dropped.{op}.{why}": 1 for op in STORE_CALLS for why in DROPPED}
+    counters |= {f"header_bytes.{op}": 1 for op in ("get", "put")}
+    for codec in CODECS:
+        for op in ("encode", "decode"):
+            counters |= {f"codec_pages.{op}.{codec}": 1, f"codec_nanoseconds.{op}.{codec}": 5}
+    gauges = {
+        f"backend.{place}{name}": 1
+        for place in ("", "store.")
+        for name in ("stored_bytes", "limit_bytes")
+    }
+    server = Server(counters, calls=1, reads_refused=1, **gauges)
+    metrics = metrics_of("tier+ram://?bytes=1", server)
     for name in GAUGES:
         metrics.gauge(name, "A number of the process.", lambda: 1.0)
     metrics.refused("token")
@@ -168,16 +191,46 @@ class TestNumbersOfOthers:
         metrics = metrics_of("tier+ram://?bytes=1&store=file:///x", Server(counters))
         assert value(metrics, "kvcodec_tier_lookups_total", result="hit") == 7
         assert value(metrics, "kvcodec_tier_lookups_total", result="miss") == 3
-        assert value(metrics, "kvcodec_evicted_pages_total", place="ram") == 5
-        assert value(metrics, "kvcodec_evicted_pages_total", place="store") == 2
+        for place, count in (("ram", 5), ("store", 2)):
+            labels = {"place": place, "reason": "limit"}
+            assert value(metrics, "kvcodec_evicted_pages_total", **labels) == count
         assert value(metrics, "kvcodec_store_events_total", place="store", event="scans") == 1
 
     def test_store_alone(self):
         counters = {"backend.evicted_bytes": 5, "backend.swept_orphans": 2, "backend.hits": 1}
         metrics = metrics_of(server=Server(counters))
-        assert value(metrics, "kvcodec_evicted_bytes_total", place="store") == 5
+        labels = {"place": "store", "reason": "limit"}
+        assert value(metrics, "kvcodec_evicted_bytes_total", **labels) == 5
         assert value(metrics, "kvcodec_tmp_orphans_swept_total", place="store") == 2
         assert value(metrics, "kvcodec_store_events_total", place="store", event="hits") == 1
+
+    def test_evictions_say_why(self):
+        counters = {"evicted_objects": 1, "expired_objects": 2, "displaced_objects": 3}
+        counters |= {"evicted_bytes": 10, "expired_bytes": 20, "displaced_bytes": 30}
+        server = Server({f"backend.{name}": count for name, count in counters.items()})
+        metrics = metrics_of(server=server)
+        for reason, count in (("limit", 1), ("age", 2), ("disk_full", 3)):
+            labels = {"place": "store", "reason": reason}
+            assert value(metrics, "kvcodec_evicted_pages_total", **labels) == count
+            assert value(metrics, "kvcodec_evicted_bytes_total", **labels) == 10 * count
+
+    def test_bytes_of_the_store_and_of_memory_in_front_of_it(self):
+        numbers = {"backend.stored_bytes": 7, "backend.limit_bytes": 9}
+        metrics = metrics_of(server=Server(**numbers))
+        assert value(metrics, "kvcodec_store_bytes", place="store") == 7
+        assert value(metrics, "kvcodec_store_limit_bytes", place="store") == 9
+        numbers |= {"backend.store.stored_bytes": 70}
+        metrics = metrics_of("tier+ram://?bytes=1", Server(**numbers))
+        assert value(metrics, "kvcodec_store_bytes", place="ram") == 7
+        assert value(metrics, "kvcodec_store_bytes", place="store") == 70
+        found = [labels for name, labels in series(metrics) if name == "kvcodec_store_limit_bytes"]
+        assert found == [(("place", "ram"),)]
+
+    def test_pages_that_memory_lost_were_dropped(self):
+        server = Server({"backend.lost_objects": 3})
+        metrics = metrics_of("tier+ram://?bytes=1", server)
+        labels = {"op": "put", "reason": "write_back"}
+        assert value(metrics, "kvcodec_dropped_pages_total", **labels) == 3
 
     def test_gauges_without_a_number_are_left_out(self):
         metrics = metrics_of()

@@ -14,7 +14,6 @@ import grpc
 from kvcodec.backend import Backend, ObjectInfo, check_name
 from kvcodec.errors import (
     BackendError,
-    BackendTimeout,
     ConfigError,
     CorruptPage,
     KVCodecError,
@@ -26,6 +25,7 @@ from kvcodec_proto.v1 import service_pb2 as pb
 from kvcodec_proto.v1 import service_pb2_grpc
 from kvcodec_server._listing import Listing
 from kvcodec_server._region_wire import TOKEN_METADATA
+from kvcodec_server._steps import step_of
 from kvcodec_server.metadata import metadata_of
 from kvcodec_server.options import Observe, ServerOptions
 from kvcodec_server.raw import RawPages
@@ -350,7 +350,7 @@ class Servicer(service_pb2_grpc.PageServiceServicer):
         buffers = self.calls.pipeline.buffers
         buffer = buffers.acquire(found.stored_bytes, left)
         if buffer is None:
-            return outcome_of(BackendTimeout("no staging memory came free in time"))
+            return outcome_of(self.calls.no_memory("get"))
         release = Countdown(2, partial(buffers.release, buffer))
         try:
             left = max(0.0, call.deadline - time.monotonic())
@@ -362,7 +362,8 @@ class Servicer(service_pb2_grpc.PageServiceServicer):
                 page = EncodedPage.parse(buffer.data[: outcome.length])
                 outcome.metadata.CopyFrom(metadata_of(page.header))
                 if verify:
-                    page.verify()
+                    with step_of("verify", 1, outcome.length):
+                        page.verify()
             except PageError as error:
                 refused = outcome_of(error)
                 refused.length = outcome.length

@@ -26,8 +26,11 @@ from prometheus_client.metrics_core import (
     GaugeMetricFamily,
     InfoMetricFamily,
     Metric,
+    SummaryMetricFamily,
 )
 from prometheus_client.registry import Collector
+
+from kvcodec.workers import Counters
 
 __all__ = ["CALL_SECONDS", "MAX_LABEL_VALUES", "Metrics", "Watched"]
 
@@ -53,14 +56,24 @@ CALL_SECONDS = (
 MAX_LABEL_VALUES = 64
 
 _OTHER = "other"
+_PAIRS = {"bytes": "bytes", "dropped": "dropped_pages"}
+_CODEC_PAGES, _CODEC_NANOSECONDS = "codec_pages.", "codec_nanoseconds."
 _BREAKER = "_breaker"
 
-# What stores count under names of their own that has a name of its own here. A place is the store,
-# or the memory in front of it.
-_STORE_COUNTERS = {
-    "evicted_objects": "evicted_pages",
-    "evicted_bytes": "evicted_bytes",
-    "swept_orphans": "tmp_orphans_swept",
+# What stores count under names of their own that has a name of its own here: family, and labels
+# after the place, which is the store or the memory in front of it.
+_STORE_COUNTERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "evicted_objects": ("evicted_pages", ("limit",)),
+    "evicted_bytes": ("evicted_bytes", ("limit",)),
+    "expired_objects": ("evicted_pages", ("age",)),
+    "expired_bytes": ("evicted_bytes", ("age",)),
+    "displaced_objects": ("evicted_pages", ("disk_full",)),
+    "displaced_bytes": ("evicted_bytes", ("disk_full",)),
+    "swept_orphans": ("tmp_orphans_swept", ()),
+}
+_STORE_GAUGES = {
+    "stored_bytes": ("store_bytes", "Bytes that are stored, where the store knows it."),
+    "limit_bytes": ("store_limit_bytes", "What kvcodec_store_bytes may become."),
 }
 _REJECTED = frozenset(
     {
@@ -78,8 +91,14 @@ _COUNTERS = {
     "pages": ("Pages by operation and result.", ("op", "result")),
     "page_reject": ("Pages that were not what was asked for.", ("reason",)),
     "circuit_changes": ("What the circuits did.", ("circuit", "change")),
-    "evicted_pages": ("Pages removed to make room.", ("place",)),
-    "evicted_bytes": ("Bytes removed to make room.", ("place",)),
+    "bytes": (
+        "Bytes moved: encoded pages (stored), their headers (meta), what they were raw (logical).",
+        ("op", "kind"),
+    ),
+    "dropped_pages": ("Pages the store was never asked about.", ("op", "reason")),
+    "removed_pages": ("Damaged pages that were removed.", ("reason",)),
+    "evicted_pages": ("Pages removed to make room, or for their age.", ("place", "reason")),
+    "evicted_bytes": ("Bytes of these pages.", ("place", "reason")),
     "tmp_orphans_swept": ("Unfinished files of dead writers that were removed.", ("place",)),
     "tier_lookups": ("Pages looked up in the memory in front of the store.", ("result",)),
     "store_events": ("What else the store counts about itself.", ("place", "event")),
@@ -127,12 +146,6 @@ class Metrics:
         self._calls = Counter(
             "kvcodec_calls", "Calls by outcome.", ("op", "outcome"), registry=self.registry
         )
-        self._bytes = Counter(
-            "kvcodec_bytes",
-            "Bytes moved: stored is encoded pages, logical what they were decoded or encoded from.",
-            ("op", "kind"),
-            registry=self.registry,
-        )
         self._codec_bytes = Counter(
             "kvcodec_codec_bytes",
             "Bytes before and after of pages that the sidecar encoded itself.",
@@ -164,9 +177,9 @@ class Metrics:
         self._seconds.labels(op, self._backend).observe(seconds)
         self._calls.labels(op, outcome).inc()
         if raw_bytes:
-            self._bytes.labels(op, "logical").inc(raw_bytes)
+            self._pulled.moved.add(f"bytes.{op}.logical", raw_bytes)
         if encoded_bytes:
-            self._bytes.labels(op, "stored").inc(encoded_bytes)
+            self._pulled.moved.add(f"bytes.{op}.stored", encoded_bytes)
         if raw_bytes and encoded_bytes:
             self._codec_bytes.labels("raw").inc(raw_bytes)
             self._codec_bytes.labels("encoded").inc(encoded_bytes)
@@ -217,12 +230,14 @@ class _Pulled(Collector):
 
     def __init__(self, build: Mapping[str, str], digest: str, *, has_memory: bool) -> None:
         self.server: Watched | None = None
+        self.moved = Counters()
         self.gauges: dict[str, tuple[str, Callable[[], float | None]]] = {}
         self.reloaded = True
         self.reload_seconds = time.time()
         self.digest = digest
         self._build = dict(build)
-        self._has_memory = has_memory
+        # What the names of a store's numbers begin with, for the place that they are of.
+        self._places = {"ram": "", "store": "store."} if has_memory else {"store": ""}
         self._labels: dict[str, _Bounded] = {}
 
     def collect(self) -> Iterable[Metric]:
@@ -243,9 +258,12 @@ class _Pulled(Collector):
             value = read()
             if value is not None:
                 yield GaugeMetricFamily(name, help_text, value)
+        counters = self.moved.snapshot()
         if self.server is not None:
             yield from self._of_stats(self.server.stats())
-            yield from self._of_counters(self.server.counters())
+            counters |= self.server.counters()
+        yield from self._of_counters(counters)
+        yield self._of_codec(counters)
 
     def _of_stats(self, stats: Mapping[str, int]) -> Iterator[Metric]:
         for stat, (name, help_text) in _SERVER_GAUGES.items():
@@ -258,6 +276,33 @@ class _Pulled(Collector):
         for circuit in ("reads", "writes"):
             circuits.add_metric((circuit,), float(stats.get(f"{circuit}_refused", 0)))
         yield circuits
+        queue = GaugeMetricFamily(
+            "kvcodec_queue_pages",
+            "Pages of calls to the store that wait for a thread, or for the store.",
+            labels=("state",),
+        )
+        for state in ("waiting", "asked"):
+            queue.add_metric((state,), float(stats.get(f"{state}_pages", 0)))
+        yield queue
+        for gauge, (name, help_text) in _STORE_GAUGES.items():
+            family = GaugeMetricFamily(f"kvcodec_{name}", help_text, labels=("place",))
+            for place, prefix in self._places.items():
+                if (number := stats.get(f"backend.{prefix}{gauge}")) is not None:
+                    family.add_metric((place,), float(number))
+            yield family
+
+    def _of_codec(self, counters: Mapping[str, int]) -> Metric:
+        family = SummaryMetricFamily(
+            "kvcodec_codec_seconds",
+            "Pages that the sidecar encoded or decoded itself, and the seconds it took.",
+            labels=("op", "codec"),
+        )
+        for name, pages in sorted(counters.items()):
+            if name.startswith(_CODEC_PAGES):
+                operation, _, codec = name.removeprefix(_CODEC_PAGES).partition(".")
+                nanoseconds = counters.get(f"{_CODEC_NANOSECONDS}{operation}.{codec}", 0)
+                family.add_metric((operation, codec), pages, nanoseconds / 1e9)
+        return family
 
     def _of_counters(self, counters: Mapping[str, int]) -> Iterator[Metric]:
         families = {
@@ -266,6 +311,8 @@ class _Pulled(Collector):
         }
         found: defaultdict[tuple[str, tuple[str, ...]], float] = defaultdict(float)
         for name, count in counters.items():
+            if name.startswith((_CODEC_PAGES, _CODEC_NANOSECONDS)):
+                continue
             family, labels = self._sorted_in(name)
             bounded = tuple(
                 self._labels.setdefault(f"{family}.{place}", _Bounded())(label)
@@ -281,16 +328,26 @@ class _Pulled(Collector):
     def _sorted_in(self, name: str) -> tuple[str, tuple[str, ...]]:
         """The family and the labels of one of the server's counters."""
         operation, _, result = name.partition(".")
+        if operation in _PAIRS:
+            first, _, second = result.partition(".")
+            return _PAIRS[operation], (first, second)
+        if operation == "header_bytes":
+            return "bytes", (result, "meta")
+        if operation == "removed":
+            return "removed_pages", (result,)
         if operation == "backend":
             place = "store"
-            if self._has_memory:
+            if "ram" in self._places:
                 inner = result.removeprefix("store.")
                 place = "ram" if inner == result else "store"
                 result = inner
+            if place == "ram" and result == "lost_objects":
+                return "dropped_pages", ("put", "write_back")
             if place == "ram" and result in _LOOKUPS:
                 return "tier_lookups", (_LOOKUPS[result],)
             if result in _STORE_COUNTERS:
-                return _STORE_COUNTERS[result], (place,)
+                family, labels = _STORE_COUNTERS[result]
+                return family, (place, *labels)
             return "store_events", (place, result)
         if operation == "io":
             return "store_events", ("sidecar", result)

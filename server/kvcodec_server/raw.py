@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
 
 from kvcodec.backend import PutResult
-from kvcodec.errors import BackendTimeout, ConfigError, UnsupportedPage
-from kvcodec.format import MAX_EXTENSION_BYTES
+from kvcodec.errors import ConfigError, CorruptPage, UnsupportedPage
+from kvcodec.format import FIXED, MAX_EXTENSION_BYTES, SECTION, STREAM
 from kvcodec.identity import Namespace, encode_key
 from kvcodec.layout import PageLayout, PageViews, StreamStrides
 from kvcodec.plan import PagePlan, check_spec
-from kvcodec.spec import CodecSpec
+from kvcodec.spec import CodecSpec, Kind
 from kvcodec_proto.v1 import service_pb2 as pb
+from kvcodec_server._steps import begin_step
 from kvcodec_server.metadata import namespace_of
 from kvcodec_server.status import get_outcome, outcome_of, put_outcome
 from kvcodec_server.store_calls import Countdown, Pending, StoreCalls
@@ -115,7 +116,7 @@ class RawPages:
         finally:
             read()
         return [
-            outcome_of(_no_memory())
+            outcome_of(self._calls.no_memory("put"))
             if started is None
             else put_outcome(started[1].wait()[0][0], started[0])
             for started in pending
@@ -131,10 +132,14 @@ class RawPages:
         if buffer is None:
             return None
         views = canonical_views(self.layout, [page], writable=False)
-        used = plan
+        used, started = plan, time.perf_counter_ns()
+        step = begin_step("encode")
         if self._pipeline.codec.encode_into(plan, [data], views, [buffer]).any():
             used = raw
             self._pipeline.codec.encode_into(raw, [data], views, [buffer])
+        self._count("encode", _codecs_of(self.layout, buffer), started)
+        if step is not None:
+            step.end(pages=1, byte_count=len(page))
         source = buffer.data[: used.page_bytes]
         name = self.namespace.object_name(data.decode())
         release = partial(self._pipeline.buffers.release, buffer)
@@ -149,7 +154,8 @@ class RawPages:
         row_bytes = max(plan.page_bytes for plan in plans) + MAX_EXTENSION_BYTES
         buffer = self._pipeline.buffers.acquire(row_bytes * len(keys), _left(deadline))
         if buffer is None:
-            return [outcome_of(_no_memory()) for _ in keys]
+            error = self._calls.no_memory("get", len(keys))
+            return [outcome_of(error) for _ in keys]
         release = Countdown(2, partial(self._pipeline.buffers.release, buffer))
         try:
             rows = buffer.reshape(-1, row_bytes)
@@ -179,6 +185,8 @@ class RawPages:
         if len(target) < raw_bytes:
             return pb.Outcome(status=pb.STATUS_TOO_LONG, length=raw_bytes)
         views = canonical_views(self.layout, [target[:raw_bytes]], writable=True)
+        started = time.perf_counter_ns()
+        step = begin_step("decode")
         (error,) = self._pipeline.codec.decode_into(
             self.namespace,
             plan,
@@ -188,19 +196,41 @@ class RawPages:
             minimum_bits=self._minimum_bits,
             timeout_seconds=_left(deadline),
         )
+        self._count("decode", "none" if error else _codecs_of(self.layout, page), started)
+        if step is not None:
+            step.end(pages=1, byte_count=raw_bytes, error=error.reason if error else "")
+        if isinstance(error, CorruptPage):
+            self._calls.remove_damaged(self.namespace.object_name(key.decode()))
         return (
             pb.Outcome(status=pb.STATUS_OK, length=raw_bytes)
             if error is None
             else outcome_of(error)
         )
 
+    def _count(self, operation: str, codecs: str, started_ns: int) -> None:
+        counts = self._pipeline.counts
+        counts.add(f"codec_nanoseconds.{operation}.{codecs}", time.perf_counter_ns() - started_ns)
+        counts.add(f"codec_pages.{operation}.{codecs}")
+
     def _plan(self, spec: CodecSpec, key: bytes) -> PagePlan:
         return PagePlan.build(self.namespace, spec.section_codecs(self.layout), len(key))
 
 
+def _codecs_of(layout: PageLayout, page: Bytes) -> str:
+    """Those of a sound page of this layout, such as ``int4`` or ``int4+int8``: few, whatever its
+    layers are.
+    """
+    start = FIXED.size + len(layout.streams) * STREAM.size
+    size = layout.section_count * SECTION.itemsize
+    table = page[start : start + size].reshape(-1, SECTION.itemsize)
+    return _codecs_in(table[:, :2].tobytes())
+
+
+@lru_cache(maxsize=64)
+def _codecs_in(kinds_and_bits: bytes) -> str:
+    pairs = zip(kinds_and_bits[::2], kinds_and_bits[1::2], strict=True)
+    return "+".join(sorted({"raw" if kind == Kind.RAW else f"int{bits}" for kind, bits in pairs}))
+
+
 def _left(deadline: float) -> float:
     return max(0.0, deadline - time.monotonic())
-
-
-def _no_memory() -> BackendTimeout:
-    return BackendTimeout("no staging memory came free in time (staging_bytes)")

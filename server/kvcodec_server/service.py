@@ -93,9 +93,12 @@ class PageServer:
 
     def stats(self) -> Mapping[str, int]:
         """Gauges: ``calls``, ``streams``, ``sessions``, ``region_bytes``, ``staging_bytes``,
-        ``reads_refused`` and ``writes_refused`` (1 while that breaker is open), ``draining``.
+        ``waiting_pages`` and ``asked_pages`` of the store, ``reads_refused`` and
+        ``writes_refused`` (1 while that breaker is open), ``draining``; the store's own under
+        ``backend.``.
         """
         servicer, pipeline = self._servicer, self._servicer.calls.pipeline
+        behind = {f"backend.{name}": number for name, number in self.store.gauges().items()}
         return {
             "calls": servicer.under_way["call"],
             "streams": servicer.under_way["stream"],
@@ -104,8 +107,10 @@ class PageServer:
             "staging_bytes": pipeline.buffers.allocated_bytes,
             "reads_refused": int(not pipeline.reads.admits),
             "writes_refused": int(not pipeline.writes.admits),
+            "waiting_pages": servicer.calls.waiting_pages,
+            "asked_pages": servicer.calls.asked_pages,
             "draining": int(servicer.draining),
-        }
+        } | behind
 
     def counters(self) -> Mapping[str, int]:
         """Monotonic counts, ``operation.outcome`` per object, the store's own under ``backend.``;

@@ -12,6 +12,7 @@ from contextlib import suppress
 
 from kvcodec.errors import BackendError, ConfigError
 from kvcodec_server import _region_wire as wire
+from kvcodec_server._steps import begin_step
 
 __all__ = ["Lease", "Session", "Sessions"]
 
@@ -120,15 +121,18 @@ class Session:
 class Lease:
     """One call's permission to touch the region; released once, by whoever is done with it."""
 
-    __slots__ = ("_call_id", "_session")
+    __slots__ = ("_call_id", "_session", "_step")
 
     def __init__(self, session: Session, call_id: int) -> None:
         self._session = session
         self._call_id = call_id
+        self._step = begin_step("region")
 
     def release(self) -> None:
         """Touch the region no more."""
         self._session.release(self._call_id)
+        if self._step is not None:
+            self._step.end()
 
 
 class Sessions:

@@ -11,7 +11,7 @@ from itertools import chain
 import numpy as np
 
 from kvcodec.backend import GetResult, PutResult, check_name
-from kvcodec.errors import BackendError, BackendTimeout, ConfigError, KVCodecError
+from kvcodec.errors import BackendError, ConfigError, KVCodecError
 from kvcodec.format import EncodedPage
 from kvcodec_proto.v1 import service_pb2 as pb
 from kvcodec_server._frames import chunks, get_part
@@ -145,7 +145,8 @@ class GetStream:
 
     def _settle(self, group: _Group | None, rooms: Sequence[pb.ObjectRoom]) -> list[pb.Outcome]:
         if group is None:
-            return [outcome_of(_no_memory()) for _ in rooms]
+            error = self._calls.no_memory("get", len(rooms))
+            return [outcome_of(error) for _ in rooms]
         if group.pending is None:
             return group.outcomes
         results, _ = group.pending.wait()
@@ -183,10 +184,6 @@ def _grouped(
             largest = size
         groups[-1].append(room)
     return groups
-
-
-def _no_memory() -> BackendTimeout:
-    return BackendTimeout("no staging memory came free in time (staging_bytes)")
 
 
 class PutStream:
@@ -238,7 +235,7 @@ class PutStream:
         if buffer is None:
             for _ in _whole(start, received):
                 pass
-            self._answers.append(outcome_of(_no_memory()))
+            self._answers.append(outcome_of(self._calls.no_memory("put")))
             return
         release = partial(buffers.release, buffer)
         target = buffer.data[: start.length]
