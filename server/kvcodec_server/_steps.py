@@ -49,11 +49,10 @@ class Steps:
         return Step(self, name, now)
 
     def add(self, name: str, started_ns: int, busy_ns: int, count: int) -> None:
-        """Steps that nobody else sees end: so many, from then to now."""
-        if count:
-            total = Total(started_ns, time.time_ns(), busy_ns, count)
-            with self._lock:
-                self.totals[name] = total
+        """So many steps of one name, from then to now."""
+        total = Total(started_ns, time.time_ns(), busy_ns, count)
+        with self._lock:
+            self.totals[name] = total
 
     def close(self) -> dict[str, Total]:
         """All of them, by name. What is still under way has taken until now, and failed."""

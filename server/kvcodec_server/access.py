@@ -6,7 +6,7 @@ A Unix socket is guarded by its permissions and by the sessions that `PageServer
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
@@ -14,7 +14,7 @@ import grpc
 
 from kvcodec.errors import ConfigError
 
-__all__ = ["MIN_TOKEN_CHARACTERS", "Gate", "read_tokens"]
+__all__ = ["MIN_TOKEN_CHARACTERS", "Gate", "read_tokens", "rewrapped"]
 
 #: A token that can be guessed is none.
 MIN_TOKEN_CHARACTERS = 16
@@ -23,7 +23,6 @@ MIN_TOKEN_CHARACTERS = 16
 _OPEN_TO_ALL = "/grpc.health.v1.Health/"
 
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-_Check = Callable[[grpc.ServicerContext], None]
 
 
 def read_tokens(token: str, path: str) -> tuple[bytes, ...]:
@@ -51,13 +50,11 @@ def read_tokens(token: str, path: str) -> tuple[bytes, ...]:
 class Gate(grpc.ServerInterceptor):
     """Refuses calls over TCP without a valid token, or from a client of a name not allowed.
 
-    `refused` is told why: ``token`` or ``name``. `arrived` hears of every call let in, on the
-    thread that serves it.
+    `refused` is told why: ``token`` or ``name``.
     """
 
-    def __init__(self, refused: Callable[[str], None], arrived: Sequence[_Check] = ()) -> None:
+    def __init__(self, refused: Callable[[str], None]) -> None:
         self._refused = refused
-        self._arrived = arrived
         self._tokens: tuple[bytes, ...] = ()
         self._names: frozenset[str] = frozenset()
 
@@ -75,7 +72,14 @@ class Gate(grpc.ServerInterceptor):
         handler = continuation(handler_call_details)
         if handler is None or handler_call_details.method.startswith(_OPEN_TO_ALL):
             return handler
-        return _checked(handler, self._admit)
+        return rewrapped(handler, self._checked)
+
+    def _checked(self, behaviour: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(request: object, context: grpc.ServicerContext) -> Any:  # noqa: ANN401
+            self._admit(context)
+            return behaviour(request, context)
+
+        return checked
 
     def _admit(self, context: grpc.ServicerContext) -> None:
         if not context.peer().startswith("unix:"):
@@ -83,8 +87,6 @@ class Gate(grpc.ServerInterceptor):
                 self._refuse(context, grpc.StatusCode.UNAUTHENTICATED, "token")
             if self._names and self._names.isdisjoint(_client_names(context)):
                 self._refuse(context, grpc.StatusCode.PERMISSION_DENIED, "name")
-        for hear in self._arrived:
-            hear(context)
 
     def _has_token(self, context: grpc.ServicerContext) -> bool:
         metadata = dict(context.invocation_metadata())
@@ -110,16 +112,10 @@ def _client_names(context: grpc.ServicerContext) -> Iterator[str]:
             yield name.decode(errors="replace") if isinstance(name, bytes) else str(name)
 
 
-def _checked(handler: _Handler, check: _Check) -> _Handler:
-    """The same handler behind a check, which aborts the call or does nothing."""
-
-    def behind(behaviour: Callable[..., Any]) -> Callable[..., Any]:
-        def checked(request: object, context: grpc.ServicerContext) -> Any:  # noqa: ANN401
-            check(context)
-            return behaviour(request, context)
-
-        return checked
-
+def rewrapped(
+    handler: _Handler, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> _Handler:
+    """The same handler with what it does, a function of request and context, wrapped."""
     codecs = handler.request_deserializer, handler.response_serializer
     for behaviour, method_handler in (
         (handler.unary_unary, grpc.unary_unary_rpc_method_handler),
@@ -128,5 +124,5 @@ def _checked(handler: _Handler, check: _Check) -> _Handler:
         (handler.stream_stream, grpc.stream_stream_rpc_method_handler),
     ):
         if behaviour is not None:
-            return method_handler(behind(behaviour), *codecs)
+            return method_handler(wrap(behaviour), *codecs)
     raise AssertionError("a handler has one behaviour")

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
+import grpc
 from grpc_reflection.v1alpha import reflection
 
 from kvcodec import native
@@ -84,11 +85,9 @@ class Sidecar:
         self._store = open_backend(_store_url(settings), create=settings.store.create)
         self.metrics = Metrics(_store_url(settings), _build(), configuration.digest)
         self._pages = PageServer(self._served(), settings.server_options, self._observe())
-        self._gate = Gate(
-            self.metrics.refused, [self._traces.arrived] if self._traces is not None else []
-        )
+        self._gate = Gate(self.metrics.refused)
         self._gate.reload(tokens, settings.tls.client_names)
-        self._grpc = new_grpc_server(settings.server_options, [self._gate])
+        self._grpc = new_grpc_server(settings.server_options, self._interceptors())
         self.health = Health((SERVICE,))
         self._probe = Probe(self._store.origin, settings.health.probe_seconds)
         self._unix: UnixSocket | None = None
@@ -168,6 +167,10 @@ class Sidecar:
     def _served(self) -> Backend:
         digests = self.configuration.settings.store.namespaces
         return ServedNamespaces(self._store, digests) if digests else self._store
+
+    def _interceptors(self) -> list[grpc.ServerInterceptor]:
+        """Who is not let in makes no spans."""
+        return [self._gate, *([] if self._traces is None else [self._traces])]
 
     def _observe(self) -> Observe:
         traces = self._traces
