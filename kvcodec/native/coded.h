@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "tables.h"
 
 namespace kvc {
 
@@ -34,16 +35,6 @@ constexpr uint32_t kMaxTileSteps = 2 * kTileChannels / kStreamLanes + kTileEleme
 constexpr size_t kMaxStepBytes = 2 * kStreamLanes + 4 * kMaxShift;
 constexpr size_t kMaxStreamBytes = kStateBytes + kMaxTileSteps * kMaxStepBytes;
 static_assert(kMaxStreamBytes <= UINT16_MAX, "the directory holds 16 bits");
-
-// One static table: frequencies sum to 256. Symbol j stands for first + j, the last one for an
-// escape.
-struct alignas(64) CodeTable {
-  uint8_t sym[256];  // of each slot
-  uint8_t freq[64];  // of each symbol
-  uint8_t cum[64];   // the frequencies before it
-  int8_t first;
-  uint8_t escape;  // the last symbol
-};
 
 // A class of integers: its table and how many raw bits follow the symbol.
 struct CodeClass {
@@ -171,11 +162,11 @@ class StreamReader {
   }
 
   // One step of `count` (1-32) symbols. False: the stream ended too early.
-  bool read(const CodeTable& table, uint32_t shift, uint32_t count, int32_t* values) {
+  bool read(const CodingTable& table, uint32_t shift, uint32_t count, int32_t* values) {
     uint32_t symbol[kStreamLanes];
     for (uint32_t i = 0; i < count; ++i) {
       const uint32_t slot = state_[i] & 255;
-      const uint32_t j = table.sym[slot];
+      const uint32_t j = table.slots[slot];
       symbol[i] = j;
       state_[i] = table.freq[j] * (state_[i] >> 8) + slot - table.cum[j];
     }
@@ -224,7 +215,7 @@ class StreamWriter {
   }
 
   // One step of `count` (1-32) values, whose upper parts (value >> shift) lie in -128...127.
-  void write(const CodeTable& table, uint32_t shift, uint32_t count, const int32_t* values) {
+  void write(const CodingTable& table, uint32_t shift, uint32_t count, const int32_t* values) {
     for (uint32_t plane = shift; plane-- != 0;) {
       uint32_t bits = 0;
       for (uint32_t i = 0; i < count; ++i)
