@@ -369,7 +369,7 @@ class TestReload:
             assert "only a restart changes listen.reflection" in sidecar.messages()
             assert objects_allowed(3) and not objects_allowed(4)
 
-            reload("limits: {max_objects: 9, max_streams: 99}\n", "stays as it was")
+            reload("limits: {max_objects: 9, max_streams: 999}\n", "stays as it was")
             assert objects_allowed(3) and not objects_allowed(4)
             assert sidecar.metric("kvcodec_config_last_reload_successful") == 0
             reload("limits: {max_objcts: 9}\n", "did you mean limits.max_objects")

@@ -263,7 +263,7 @@ class TestValues:
         [
             ("limits.max_streams", "true", "valid integer"),
             ("limits.max_streams", "-1", "greater than or equal"),
-            ("limits.max_streams", "32", "streams may not have them all"),
+            ("limits.max_streams", "128", "streams may not have them all"),
             ("limits.staging_bytes", "64XB", "wanted a number of bytes such as"),
             ("limits.drain_seconds", "nan", "greater than or equal"),
             ("limits.drain_seconds", "inf", "less than or equal"),

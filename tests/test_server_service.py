@@ -409,7 +409,7 @@ def test_what_only_a_restart_changes_is_refused(host):
     [
         {"grpc_threads": 1},
         {"io_threads": 0},
-        {"max_streams": 32},
+        {"max_streams": 128},
         {"max_object_bytes": 1 << 30},
         {"max_call_seconds": 0},
         {"max_sessions": True},

@@ -24,6 +24,7 @@ from kvcodec.workers import IOThreads
 from kvcodec_proto.v1 import service_pb2 as pb
 from kvcodec_proto.v1 import service_pb2_grpc
 from kvcodec_server._listing import Listing
+from kvcodec_server._places import Crowded, Places
 from kvcodec_server._region_wire import TOKEN_METADATA
 from kvcodec_server._steps import step_of
 from kvcodec_server.metadata import metadata_of
@@ -64,6 +65,7 @@ class Servicer(service_pb2_grpc.PageServiceServicer):
         self.under_way: Counter[str] = Counter()
         self.changed = threading.Condition()
         self.draining = False
+        self._streams = Places()
         self._store = store
         self._observe = observe
         self.listing = IOThreads(_LIST_THREADS, limit=_LIST_THREADS)
@@ -237,7 +239,7 @@ class Servicer(service_pb2_grpc.PageServiceServicer):
         # Sending to a reader that does not read waits for it, whatever the time.
         watchdog = threading.Timer(call.seconds, context.cancel) if stream else None
         try:
-            with self._slot(stream=stream):
+            with self._slot(context, stream=stream):
                 if watchdog is not None:
                     watchdog.daemon = True
                     watchdog.start()
@@ -245,6 +247,8 @@ class Servicer(service_pb2_grpc.PageServiceServicer):
         except KVCodecError as error:
             call.label = worst_label([outcome_of(error)])
             code, trailers = code_of(error)
+            if isinstance(error, Crowded):
+                code = grpc.StatusCode.RESOURCE_EXHAUSTED
             context.set_trailing_metadata(trailers)
             context.abort(code, str(error)[:_MAX_DETAIL])
         finally:
@@ -254,18 +258,25 @@ class Servicer(service_pb2_grpc.PageServiceServicer):
             self._observe(operation, call.label, seconds, call.raw_bytes, call.encoded_bytes)
 
     @contextmanager
-    def _slot(self, *, stream: bool) -> Iterator[None]:
+    def _slot(self, context: grpc.ServicerContext, *, stream: bool) -> Iterator[None]:
         """A place among the calls under way. Raises `BackendError` if there is none."""
         with self.changed:
             if self.draining:
                 raise BackendError("the sidecar is going away")
-            if stream and self.under_way["stream"] >= self.options.max_streams:
-                raise BackendError(f"{self.options.max_streams} streams are busy (max_streams)")
             self.under_way["call"] += 1
             self.under_way["stream"] += stream
+        place = None
         try:
+            if stream:
+                limit = self.options.max_streams
+                try:
+                    place = self._streams.take(limit, context.peer(), context.cancel)
+                except Crowded as error:
+                    raise Crowded(f"streams: {error} (max_streams)") from error
             yield
         finally:
+            if place is not None:
+                self._streams.free(place)
             with self.changed:
                 self.under_way["call"] -= 1
                 self.under_way["stream"] -= stream

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import signal
 import threading
 from collections.abc import Callable
@@ -50,6 +51,7 @@ def serve(configuration: Configuration, reread: Callable[[], Configuration]) -> 
     Raises `ConfigError` if it cannot start. To be called on the main thread, before others exist.
     """
     keep_freed_memory()
+    _raise_descriptor_limit()
     # Threads inherit the mask: only this one hears signals, when it waits for them.
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     start_logging(configuration.settings.log_level, configuration.settings.log.format)
@@ -87,7 +89,9 @@ class Sidecar:
         self._pages = PageServer(self._served(), settings.server_options, self._observe())
         self._gate = Gate(self.metrics.refused)
         self._gate.reload(tokens, settings.tls.client_names)
-        self._grpc = new_grpc_server(settings.server_options, self._interceptors())
+        self._grpc = new_grpc_server(
+            settings.server_options, self._interceptors(), lambda: self.metrics.refused("crowd")
+        )
         self.health = Health((SERVICE,))
         self._probe = Probe(self._store.origin, settings.health.probe_seconds)
         self._unix: UnixSocket | None = None
@@ -267,6 +271,12 @@ class Sidecar:
         self._gate.reload(tokens, settings.tls.client_names)
         logging.getLogger().setLevel(settings.log_level)
         return merged, changed - reloadable
+
+
+def _raise_descriptor_limit() -> None:
+    """As far as it goes: the usual one is for programs that count on `select`."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _end_at_once(number: int, _: object) -> None:

@@ -58,15 +58,16 @@ def ignore_observation(
 class ServerOptions:
     """The limits of one sidecar.
 
-    `grpc_threads` calls are served at a time, of which `max_streams` may be streams: a slow reader
-    holds a thread. `io_threads` ask the store. `staging_bytes` bounds the memory of streams and of
-    pages that are encoded or decoded here. A call may name `max_objects`, of `max_object_bytes`
-    each, and ends after `max_call_seconds` if not before. `max_sessions` clients may have a
-    region of `max_region_bytes` each; their uid is the server's, root's, or one of `allowed_uids`.
+    A call has one of `grpc_threads` as long as it lasts, even if it waits for its turn at the store
+    or for a slow reader; of streams there are `max_streams`. `io_threads` ask the store.
+    `staging_bytes` bounds the memory of streams and of pages that are encoded or decoded here. A
+    call may name `max_objects`, of `max_object_bytes` each, and ends after `max_call_seconds` if
+    not before. `max_sessions` clients may have a region of `max_region_bytes` each; their uid is
+    the server's, root's, or one of `allowed_uids`.
     The breakers are those of `kvcodec.pipeline.StoreOptions`.
     """
 
-    grpc_threads: int = 32
+    grpc_threads: int = 128
     io_threads: int = 8
     codec_threads: int = 2
     staging_bytes: int = 256 << 20

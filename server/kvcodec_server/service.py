@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import resource
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from kvcodec.backend import Backend
 from kvcodec.errors import ConfigError
 from kvcodec_proto.v1 import service_pb2 as pb
 from kvcodec_server._frames import parse_put, serialized
+from kvcodec_server._places import Admission
 from kvcodec_server._servicer import Servicer
 from kvcodec_server.options import (
     CHUNK_BYTES,
@@ -28,22 +30,53 @@ __all__ = ["PageServer", "ServerOptions", "new_grpc_server"]
 # A chunk with its frame, or a request that names as many objects as is allowed.
 _MAX_MESSAGE_BYTES = CHUNK_BYTES + (3 << 20)
 _MAX_METADATA_BYTES = 16 << 10
+# A connection that is silent is asked so often whether it still is one, and left without an answer:
+# a client that vanished, or a firewall that forgot, says nothing. An answer may have to wait behind
+# what a slow network has to carry.
+_PING_SECONDS = 10.0
+_ANSWER_SECONDS = 20.0
+# Who connects and does not say the first word of HTTP/2, or has no call for that long, goes too.
+_HANDSHAKE_SECONDS = 10.0
+_IDLE_SECONDS = 600.0
+# Of one listener; each takes a descriptor, which the store needs as well.
+_MAX_CONNECTIONS = 1024
+# Clients may ask, too; who does so more often than that is a flood.
+_LEAST_PING_SECONDS = 5.0
 
 
 def new_grpc_server(
-    options: ServerOptions, interceptors: Sequence[grpc.ServerInterceptor] = ()
+    options: ServerOptions,
+    interceptors: Sequence[grpc.ServerInterceptor] = (),
+    crowded: Callable[[], object] = lambda: None,
 ) -> grpc.Server:
-    """A gRPC server with the limits that `PageServer` counts on; it has no listener yet."""
+    """A gRPC server with the limits that `PageServer` counts on; it has no listener yet.
+
+    `crowded` hears of every call that is refused because there are too many.
+    """
+    # Some threads are left to those that are on their way in or out.
+    places = options.grpc_threads - max(1, options.grpc_threads // 8)
     return grpc.server(
         ThreadPoolExecutor(options.grpc_threads, thread_name_prefix="kvcodec-grpc"),
-        interceptors=list(interceptors),
+        # Who has no token or certificate is refused before that, and is never waited for.
+        interceptors=[*interceptors, Admission(places, crowded)],
         options=[
             ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
             ("grpc.max_metadata_size", _MAX_METADATA_BYTES),
             ("grpc.absolute_max_metadata_size", _MAX_METADATA_BYTES),
-            ("grpc.max_concurrent_streams", 4 * options.grpc_threads),
+            # Of one connection, which is not all there may be.
+            ("grpc.max_concurrent_streams", max(1, options.grpc_threads // 2)),
             ("grpc.so_reuseport", 0),
+            ("grpc.keepalive_time_ms", int(1000 * _PING_SECONDS)),
+            ("grpc.keepalive_timeout_ms", int(1000 * _ANSWER_SECONDS)),
+            # The one above has no effect without this one, which is a minute.
+            ("grpc.http2.ping_timeout_ms", int(1000 * _ANSWER_SECONDS)),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.max_pings_without_data", 0),
+            ("grpc.http2.min_ping_interval_without_data_ms", int(1000 * _LEAST_PING_SECONDS)),
+            ("grpc.server_handshake_timeout_ms", int(1000 * _HANDSHAKE_SECONDS)),
+            ("grpc.max_allowed_incoming_connections", _max_connections()),
+            ("grpc.max_connection_idle_ms", int(1000 * _IDLE_SECONDS)),
         ],
         maximum_concurrent_rpcs=4 * options.grpc_threads,
     )
@@ -134,6 +167,14 @@ class PageServer:
             region.close()
         self._servicer.listing.close(timeout_seconds=0.0)
         self._servicer.calls.close()
+
+
+def _max_connections() -> int:
+    """As many as are left when the store has half of the descriptors that the process may have."""
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if descriptors == resource.RLIM_INFINITY:
+        return _MAX_CONNECTIONS
+    return min(_MAX_CONNECTIONS, max(1, descriptors // 4))
 
 
 def _handlers(servicer: Servicer) -> grpc.GenericRpcHandler:

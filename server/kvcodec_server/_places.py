@@ -1,0 +1,161 @@
+"""Room for so many calls at a time, shared between callers: who opens many shuts nobody out.
+
+A call that says nothing holds its thread as one that works does. When there is no room left, who
+has less than others takes the place of the oldest call of whoever has most; the others are refused.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import grpc
+
+from kvcodec.errors import BackendError
+
+__all__ = ["Admission", "Crowded", "Place", "Places"]
+
+_Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+
+class Crowded(BackendError):
+    """All places are taken, and the caller has no smaller share of them than others."""
+
+
+class Place:
+    """One call that has been let in."""
+
+    __slots__ = ("connection", "host", "leave")
+
+    def __init__(self, peer: str, leave: Callable[[], object]) -> None:
+        self.host, self.connection, self.leave = peer.rpartition(":")[0], peer, leave
+
+
+class Places:
+    """Places for calls, by the host and the connection they come from. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: dict[Place, None] = {}  # the oldest first
+        self._hosts: Counter[str] = Counter()
+        # Told to leave, and still there: they have their threads, so they may not be many.
+        self._leaving: set[Place] = set()
+
+    def take(self, limit: int, peer: str, leave: Callable[[], object]) -> Place:
+        """A place among `limit`; `leave` is called if another call needs it more.
+
+        Raises `Crowded`.
+        """
+        place, other = Place(peer, leave), None
+        with self._lock:
+            if len(self._held) >= limit:
+                other = self._next_to_leave(place)
+                if other is None or len(self._leaving) >= max(2, limit // 16):
+                    raise Crowded(f"all {limit} are busy")
+                self._remove(other)
+                self._leaving.add(other)
+            self._held[place] = None
+            self._hosts[place.host] += 1
+        if other is not None:
+            other.leave()
+        return place
+
+    def free(self, place: Place) -> None:
+        """Its call is over."""
+        with self._lock:
+            if place in self._held:
+                self._remove(place)
+            self._leaving.discard(place)
+
+    def _next_to_leave(self, place: Place) -> Place | None:
+        """The oldest call of who has most, if the caller has fewer even with one more."""
+        ((host, most),) = self._hosts.most_common(1)
+        if most <= self._hosts[place.host] + 1:
+            # No host has too many: perhaps a connection of this one has.
+            host = place.host
+        theirs = [other for other in self._held if other.host == host]
+        connections = Counter(other.connection for other in theirs)
+        if host == place.host:
+            own = connections.get(place.connection, 0) + 1
+            connections = Counter({name: n for name, n in connections.items() if n > own})
+        if not connections:
+            return None
+        ((connection, _),) = connections.most_common(1)
+        return next(other for other in theirs if other.connection == connection)
+
+    def _remove(self, place: Place) -> None:
+        del self._held[place]
+        self._hosts[place.host] -= 1
+        if not self._hosts[place.host]:
+            del self._hosts[place.host]
+
+
+class Admission(grpc.ServerInterceptor):
+    """Lets `limit` calls in at a time, of any service, each before it has said what it wants.
+
+    gRPC reads the request of a call on the thread that is to serve it, and waits for it as long as
+    the call lasts: a few calls without one would be all that a server ever hears of. Here every
+    call has a place before it is waited for. `refused` hears of each that gets none.
+    """
+
+    def __init__(self, limit: int, refused: Callable[[], object]) -> None:
+        self._limit = limit
+        self._refused = refused
+        self._places = Places()
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], _Handler | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> _Handler | None:
+        """Part of gRPC's interface."""
+        handler = continuation(handler_call_details)
+        if handler is None:
+            return None
+        codecs = handler.request_deserializer, handler.response_serializer
+        read = (lambda requests, _: requests) if handler.request_streaming else _only
+        if handler.response_streaming:
+            serve = handler.stream_stream or handler.unary_stream
+            assert serve is not None
+            return grpc.stream_stream_rpc_method_handler(self._parts(serve, read), *codecs)
+        serve = handler.stream_unary or handler.unary_unary
+        assert serve is not None
+        return grpc.stream_unary_rpc_method_handler(self._whole(serve, read), *codecs)
+
+    def _whole(self, serve: Callable[..., Any], read: Callable[..., Any]) -> Callable[..., Any]:
+        def respond(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:  # noqa: ANN401
+            place = self._enter(context)
+            try:
+                return serve(read(requests, context), context)
+            finally:
+                self._places.free(place)
+
+        return respond
+
+    def _parts(self, serve: Callable[..., Any], read: Callable[..., Any]) -> Callable[..., Any]:
+        def respond(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+            place = self._enter(context)
+            try:
+                yield from serve(read(requests, context), context)
+            finally:
+                self._places.free(place)
+
+        return respond
+
+    def _enter(self, context: grpc.ServicerContext) -> Place:
+        try:
+            return self._places.take(self._limit, context.peer(), context.cancel)
+        except Crowded as error:
+            self._refused()
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"calls: {error} (grpc_threads)")
+            raise AssertionError("abort raises") from error
+
+
+def _only(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:  # noqa: ANN401
+    """The request of a call that has one."""
+    for request in requests:
+        return request
+    context.abort(grpc.StatusCode.UNIMPLEMENTED, "this call has one request, and none came")
+    raise AssertionError("abort raises")
