@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from tier_store import data, fake_stores, get, name, put, tier_url, wait_until
+from tier_store import data, fake_stores, get, name, put, tier_url
+from waiting import wait_until
 
 from kvcodec.backend import Backend, ObjectInfo, display_url, open_backend
 from kvcodec.errors import BackendError, BackendFull, BackendTimeout, ConfigError

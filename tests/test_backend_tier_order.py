@@ -8,7 +8,8 @@ import threading
 import time
 
 import pytest
-from tier_store import data, fake_stores, get, name, put, wait_until
+from tier_store import data, fake_stores, get, name, put
+from waiting import wait_until
 
 from kvcodec.errors import BackendFull
 

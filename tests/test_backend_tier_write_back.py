@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from fake_backend import FakeBackend
-from tier_store import data, fake_stores, get, name, put, wait_until
+from tier_store import data, fake_stores, get, name, put
+from waiting import wait_until
 
 from kvcodec.errors import BackendError, BackendFull, BackendTimeout
 from kvcodec_backends import _tier_writer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from urllib.parse import quote
 
@@ -44,13 +43,6 @@ def get(backend: Backend, *numbers: int, size: int = 1000, seconds: float = 5) -
         bytes(buffer[:answer]) if isinstance(answer, int) else answer
         for buffer, answer in zip(buffers, answers, strict=True)
     ]
-
-
-def wait_until(condition, seconds: float = 20) -> None:
-    stop_at = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < stop_at, "did not happen"
-        time.sleep(0.005)
 
 
 def fake_stores(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple]]:
