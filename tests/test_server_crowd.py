@@ -295,9 +295,10 @@ def test_a_client_that_vanished_leaves_nothing_behind(impatient, kind):
     """Half-open: its host is gone, or a firewall has forgotten it, and nobody sends an end."""
     with Host() as host, FaultyProxy("127.0.0.1", host.port) as proxy:
         host.store.objects[NAME] = os.urandom(1 << 20)
-        (link,) = links(proxy.port, kind, 4)
+        held = links(proxy.port, kind, 4)
         pool = host.server._state.rpc_states  # type: ignore[attr-defined]
         until(lambda: len(pool) == 4)
+        assert not held[0].seen
         proxy.rate = 0
         until(lambda: not pool)
         until(lambda: not host.pages.stats()["calls"])

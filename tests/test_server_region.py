@@ -10,7 +10,9 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -224,6 +226,30 @@ def test_a_refused_client_learns_why_whatever_it_has_said(host):
                 socket.send_fds(client, [wire.pack_hello(SIZE)], [region])
             except BrokenPipeError:
                 pass
+def test_a_stranger_is_told_why_every_time(host, monkeypatch):
+    """Whether the refusal overtakes what the client sends, comes between, or after it."""
+    monkeypatch.setattr(region_module, "_uid_of", lambda connection: 4242)
+    answers: list[bytes] = []
+
+    def come_in(patience: float) -> None:
+        for number in range(100):
+            client, memory = connect(host), wire.new_region(SIZE)
+            time.sleep(patience * (number % 10))
+            with suppress(BrokenPipeError):
+                for _ in range(1 + number % 3):
+                    socket.send_fds(client, [wire.pack_hello(SIZE)], [memory])
+            answers.append(client.recv(1000))
+            client.close()
+            os.close(memory)
+
+    threads = [threading.Thread(target=come_in, args=(patience,)) for patience in (0, 1e-5, 1e-4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [bytes([wire.REFUSED]) + b"uid 4242 may not use this sidecar"] * 300
+
+
         os.close(region)
         assert b"max_sessions" in client.recv(1000)
         client.close()
