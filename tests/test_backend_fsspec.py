@@ -16,6 +16,7 @@ import pytest
 from file_store import in_child
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from waiting import wait_until
 
 from kvcodec.backend import Backend, open_backend
 from kvcodec.errors import BackendError, BackendReadOnly, BackendTimeout
@@ -229,10 +230,7 @@ def test_a_put_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pyt
     (answer,) = put(backend, NAMES[1:2], b"data")
     assert isinstance(answer, BackendReadOnly)
     assert "not today" in str(answer)
-    stop_at = time.monotonic() + 10
-    while os.listdir(tmp_path / "store" / "tmp") and time.monotonic() < stop_at:
-        time.sleep(0.01)
-    assert os.listdir(tmp_path / "store" / "tmp") == []
+    wait_until(lambda: not os.listdir(tmp_path / "store" / "tmp"))
 
 
 def test_where_a_move_replaces_nothing_the_old_object_goes_first(
@@ -318,10 +316,7 @@ def test_closing_ends_the_thread(tmp_path: Path):
     assert put(backend, NAMES, b"data") == [None] * len(NAMES)
     assert threading.active_count() > before
     backend.close()
-    stop_at = time.monotonic() + 10
-    while threading.active_count() > before and time.monotonic() < stop_at:
-        time.sleep(0.01)
-    assert threading.active_count() == before
+    wait_until(lambda: threading.active_count() == before)
 
 
 def test_closing_ends_calls_under_way(tmp_path: Path):

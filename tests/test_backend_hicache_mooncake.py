@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from server_mooncake import MooncakeMaster, mooncake_provider, use_mooncake
 from sglang_harness import HAS_SGLANG
 from sglang_pools import start_sglang
 from sglang_round_trip import PAGES, round_trip
+from waiting import wait_until
 
 from kvcodec.backend import Backend, open_backend
 from kvcodec.errors import BackendError
@@ -125,7 +126,7 @@ def test_a_master_may_come_later_and_go_and_come_back():
         assert get(backend, name, 10).__class__ is BackendError
         assert backend.exists([name], timeout_seconds=1) == [False]
         with master:
-            assert until(lambda: put(backend, name, b"data") is None)
+            wait_until(lambda: put(backend, name, b"data") is None)
             assert get(backend, name, 10) == b"data"
             master.kill()
             started = time.monotonic()
@@ -134,12 +135,12 @@ def test_a_master_may_come_later_and_go_and_come_back():
             assert backend.exists([name], timeout_seconds=0.3) == [False]
             assert time.monotonic() - started < 2.5
             master.start()
-            assert until(lambda: put(backend, other, b"data") is None)
+            wait_until(lambda: put(backend, other, b"data") is None)
             assert get(backend, other, 10) == b"data"
             assert get(backend, name, 10) is None
             # Mooncake's calls outlive their deadlines by seconds. A process that ends meanwhile
             # is aborted by Mooncake, so this test sees them out.
-            assert until(lambda: len(backend._engine.lanes) == 4)
+            wait_until(lambda: len(backend._engine.lanes) == 4)
 
 
 # --- Pages
@@ -192,12 +193,3 @@ def test_pages_pass_through_sglangs_controller_to_mooncake(
     assert rows.token_count == original.token_count
     assert rows.equals(original) == (preset == "raw")
     assert counters["prefetch.hit"] == PAGES
-
-
-def until(done: Callable[[], bool], seconds: float = 20) -> bool:
-    stop_at = time.monotonic() + seconds
-    while not done():
-        if time.monotonic() > stop_at:
-            return False
-        time.sleep(0.1)
-    return True

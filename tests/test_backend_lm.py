@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 import pytest
 from real_server import RealServer, free_port
 from server_lmcache import legacy_server
+from waiting import wait_until
 
 from kvcodec.backend import Backend, open_backend
 from kvcodec.errors import BackendError, BackendFull, BackendTimeout, ConfigError
@@ -89,9 +89,7 @@ def test_a_broken_object_is_an_error_once_and_then_missing_until_it_is_put_again
     views = [memoryview(b"before"), memoryview(b"after")]
     assert backend.put([before, after], views, timeout_seconds=10) == [None, None]
     plant_broken_object(port, broken)
-    stop_at = time.monotonic() + 10
-    while not backend.exists([broken], timeout_seconds=5)[0]:
-        assert time.monotonic() < stop_at
+    wait_until(lambda: backend.exists([broken], timeout_seconds=5)[0])
     found = get(backend, [before, broken, after, broken])
     assert [found[0], found[2]] == [b"before", b"after"]
     assert isinstance(found[1], BackendError)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from random import Random
@@ -17,6 +17,7 @@ from random import Random
 import pytest
 from real_server import RealServer, free_port
 from server_lmcache import MPServer
+from waiting import wait_until
 
 from kvcodec.backend import Backend, open_backend
 from kvcodec.errors import BackendError, BackendFull, BackendTimeout, ConfigError
@@ -31,15 +32,6 @@ NAMESPACE = "ab" * 16
 
 def name() -> str:
     return f"{NAMESPACE}/{os.urandom(32).hex()}"
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 15.0) -> bool:
-    stop_at = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > stop_at:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def put(backend: Backend, target: str, data: bytes) -> BackendError | None:
@@ -205,7 +197,7 @@ def test_what_lmcache_clears_is_gone(lmcache: MPServer, backend: Backend):
     target = name()
     assert put(backend, target, b"data") is None
     lmcache.clear_memory()
-    assert eventually(lambda: not backend.exists([target], timeout_seconds=5)[0])
+    wait_until(lambda: not backend.exists([target], timeout_seconds=5)[0])
     assert get(backend, target) is None
     assert [info for info in backend.list(NAMESPACE) if info.name == target] == []
 
@@ -246,7 +238,7 @@ def test_nothing_mixes_and_nothing_leaks_where_memory_is_short(lmcache: MPServer
     with_all = open_backend(lmcache.url)
     with_all.delete([info.name for info in with_all.list()], **limit)
     with_all.close()
-    assert eventually(lambda: lmcache.http("status")["storage_manager"]["l1_usage"][0] == 0)
+    wait_until(lambda: lmcache.http("status")["storage_manager"]["l1_usage"][0] == 0)
 
 
 def raw_connection(lmcache: MPServer) -> socket.socket:
@@ -265,8 +257,8 @@ def test_a_writer_that_is_cut_off_changes_nothing(lmcache: MPServer, backend: Ba
         with raw_connection(lmcache) as connection:
             connection.sendall(REQUEST.pack(MAGIC, Verb.PUT, 1, 10_000))
             connection.sendall(ENTRY.pack(name_bytes(target), MEMORY_BYTES // 8) + b"x" * 1000)
-            assert eventually(lambda: open_connections() > settled)
-        assert eventually(lambda: open_connections() == settled)
+            wait_until(lambda: open_connections() > settled)
+        wait_until(lambda: open_connections() == settled)
     # Had its memory not been given back, the object would have had to make room.
     assert get(backend, target) == b"before"
 
@@ -344,7 +336,7 @@ def test_objects_move_to_lmcaches_l2_and_back_and_a_restart_forgets_them(
 
     try:
         assert backend.put(names, views, timeout_seconds=10) == [None] * 6
-        assert eventually(lambda: files() == 6), "LMCache copies objects to its L2"
+        wait_until(lambda: files() == 6)  # LMCache copies objects to its L2
         server.clear_memory()
         time.sleep(0.5)
         assert backend.exists(names, timeout_seconds=10) == [True] * 6
@@ -353,7 +345,7 @@ def test_objects_move_to_lmcaches_l2_and_back_and_a_restart_forgets_them(
         # Of a replaced object the new version alone is left, of a deleted one none.
         assert put(backend, names[0], b"new") is None
         assert backend.delete(names[1:3], timeout_seconds=10) == [True, True]
-        assert eventually(lambda: files() == 4), "old versions leave the L2 too"
+        wait_until(lambda: files() == 4)  # old versions leave the L2 too
         server.clear_memory()
         assert get(backend, names[0]) == b"new"
         assert get(backend, names[1]) is None

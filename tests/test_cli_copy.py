@@ -25,6 +25,7 @@ from cli_pages import (
 from fake_backend import FakeBackend
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from waiting import wait_until
 
 from kvcodec.backend import ObjectInfo, open_backend
 from kvcodec.cli import main, stores, verification
@@ -371,9 +372,7 @@ def test_a_killed_copy_leaves_whole_pages_and_goes_on(capsys, source, target):
     words = [sys.executable, "-c", script, "copy", url, target, "--rate", "40kB/s"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        stop_at = time.monotonic() + 30
-        while not list(Path(target[7:]).glob("objects/*/*/*")) and time.monotonic() < stop_at:
-            time.sleep(0.02)
+        wait_until(lambda: list(Path(target[7:]).glob("objects/*/*/*")))
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
     finally:

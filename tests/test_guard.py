@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
+from waiting import wait_until
 
 from kvcodec.errors import BackendError, BackendFull, BackendReadOnly, BackendTimeout
 from kvcodec.guard import Attempt, Breaker
@@ -20,13 +21,6 @@ from tests.test_store import NAMESPACE, empty_pages, keys_of, random_pages, time
 
 SILENT = [BackendTimeout("late")]
 FAILED = [BackendError("broken")]
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    stop_at = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < stop_at, "it never came true"
-        time.sleep(0.005)
 
 
 class Store:
@@ -68,10 +62,10 @@ def settle(breaker: Breaker, answers: Sequence[object] | None) -> None:
 
 def test_a_store_that_was_away_for_long_is_noticed_soon(breaker: Breaker, store: Store) -> None:
     settle(breaker, SILENT)
-    wait_for(lambda: store.probes >= 12)
+    wait_until(lambda: store.probes >= 12)
     store.well.set()
     started = time.monotonic()
-    wait_for(lambda: breaker.admits)
+    wait_until(lambda: breaker.admits)
     # With an interval that doubled it would be another 1.28 s at best.
     assert time.monotonic() - started < 1.0
 
@@ -118,10 +112,10 @@ def test_a_call_that_asked_nothing_says_nothing(breaker: Breaker) -> None:
 
 def test_it_closes_when_a_probe_succeeds(breaker: Breaker, store: Store, counts: Counters) -> None:
     settle(breaker, SILENT)
-    wait_for(lambda: store.probes >= 2)
+    wait_until(lambda: store.probes >= 2)
     assert not breaker.admits
     store.well.set()
-    wait_for(lambda: breaker.admits)
+    wait_until(lambda: breaker.admits)
     found = counts.snapshot()
     assert found["read_breaker.opened"] == found["read_breaker.closed"] == 1
     assert found["read_breaker.probe_failed"] >= 2
@@ -135,7 +129,7 @@ def test_it_stays_open_longer_each_time_until_a_call_succeeds(
     def seconds_open() -> float:
         started = time.monotonic()
         settle(breaker, SILENT)
-        wait_for(lambda: breaker.admits)
+        wait_until(lambda: breaker.admits)
         return time.monotonic() - started
 
     seconds_open()  # the first time it is asked again soon
@@ -156,7 +150,7 @@ def test_a_probe_that_hangs_keeps_it_open_and_blocks_nobody(counts: Counters) ->
     log = RateLimitedLog(logging.getLogger("kvcodec.test"))
     breaker = Breaker("read", hang, counts, log, failures=1, cooldown_seconds=0.01)
     settle(breaker, SILENT)
-    wait_for(lambda: bool(probes))
+    wait_until(lambda: bool(probes))
     _, seconds = timed(settle, breaker, SILENT)
     assert seconds < 0.5
     assert not breaker.admits
@@ -178,7 +172,7 @@ def test_the_log_has_a_line_and_not_more(
     store.well.set()
     for _ in range(3):
         settle(breaker, SILENT)
-        wait_for(lambda: breaker.admits)
+        wait_until(lambda: breaker.admits)
     opened = [r for r in caplog.records if "does not answer" in r.getMessage()]
     closed = [r for r in caplog.records if "answers again" in r.getMessage()]
     assert (len(opened), len(closed)) == (1, 1)
@@ -197,7 +191,7 @@ def test_stuck_threads_are_replaced_a_bounded_number_of_times() -> None:
     for generation in range(1, 6):
         for _ in range(2):
             io.submit(hang)
-        wait_for(lambda g=generation: len(started) == min(2 * g, 8))  # type: ignore[misc]
+        wait_until(lambda g=generation: len(started) == min(2 * g, 8))  # type: ignore[misc]
         time.sleep(0.02)
         assert io.replace_stuck(60) == 0
         assert io.replace_stuck(0.01) == (2 if generation <= 3 else 0)
@@ -215,7 +209,7 @@ def test_a_thread_given_up_ends_with_its_call() -> None:
     assert io.replace_stuck(0.01) == 1
     assert threading.active_count() == before + 1
     release.set()
-    wait_for(lambda: threading.active_count() == before)
+    wait_until(lambda: threading.active_count() == before)
     assert io.call(lambda: 1, 0, 5) == 1
     io.close(5)
 
@@ -277,7 +271,7 @@ def test_a_store_that_hangs_for_ever_costs_one_deadline_once(
         assert call() == [False] * 6
     assert time.monotonic() - started < 1.0
     hanging.clear()
-    wait_for(lambda: call() == [True] * 6)
+    wait_until(lambda: call() == [True] * 6)
 
 
 def test_a_store_that_answers_probes_and_nothing_else_costs_less_and_less(

@@ -7,12 +7,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from server_lmcache import ENVIRONMENT, MPServer, python_in_lmcache
+from waiting import wait_until
 
 CHUNKS = 6
 LAYOUT = {
@@ -90,10 +90,7 @@ class Setup:
         assert self.engine is not None
         before = self._seen()
         assert self.engine.ask("store", seed)["stored"]
-        stop_at = time.monotonic() + 20
-        while self._seen() < before + CHUNKS:
-            assert time.monotonic() < stop_at, self.counters()
-            time.sleep(0.05)
+        wait_until(lambda: self._seen() >= before + CHUNKS)
 
     def _seen(self) -> int:
         counters = self.counters()

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 from kvcodec.errors import ConfigError
 from kvcodec_server import _region_wire as wire
@@ -85,13 +86,6 @@ def memory(size: int, seals: int, flags: int = os.MFD_ALLOW_SEALING) -> int:
     if seals:
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
     return descriptor
-
-
-def wait_until(true) -> None:
-    stop_at = time.monotonic() + 5
-    while not true():
-        assert time.monotonic() < stop_at
-        time.sleep(0.01)
 
 
 def test_a_region_becomes_a_session_and_ends_with_its_client(host):
@@ -226,6 +220,12 @@ def test_a_refused_client_learns_why_whatever_it_has_said(host):
                 socket.send_fds(client, [wire.pack_hello(SIZE)], [region])
             except BrokenPipeError:
                 pass
+        os.close(region)
+        assert b"max_sessions" in client.recv(1000)
+        client.close()
+    first.close()
+
+
 def test_a_stranger_is_told_why_every_time(host, monkeypatch):
     """Whether the refusal overtakes what the client sends, comes between, or after it."""
     monkeypatch.setattr(region_module, "_uid_of", lambda connection: 4242)
@@ -248,12 +248,6 @@ def test_a_stranger_is_told_why_every_time(host, monkeypatch):
     for thread in threads:
         thread.join()
     assert answers == [bytes([wire.REFUSED]) + b"uid 4242 may not use this sidecar"] * 300
-
-
-        os.close(region)
-        assert b"max_sessions" in client.recv(1000)
-        client.close()
-    first.close()
 
 
 def test_who_says_nothing_is_sent_away(host, monkeypatch):
