@@ -17,6 +17,7 @@ __all__ = [
     "class_parts",
     "code_lengths",
     "lossless_table",
+    "path_costs",
     "residual_table",
 ]
 
@@ -146,3 +147,12 @@ def code_lengths(family: int, index: int) -> npt.NDArray[np.int64]:
     known = table.lengths[np.where(inside, high - table.first, 0)]
     escaped = np.where(np.abs(high + 0.5) < 128, table.lengths[-1] + ESCAPE_LENGTH, 1 << 20)
     return np.where(inside, known, escaped) + 256 * shift
+
+
+@lru_cache(maxsize=LARGEST_CLASS + 1)
+def path_costs(index: int) -> npt.NDArray[np.int64]:
+    """What a path of the trellis pays for each index k from -32 to 31, at k + 32: FORMAT.md 3.9."""
+    if class_parts(index)[1] > 0:
+        return np.zeros(64, np.int64)
+    lengths = np.minimum(code_lengths(0, index), code_lengths(1, index))
+    return 13 * lengths[2048 - 32 : 2048 + 32] >> 5

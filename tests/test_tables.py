@@ -80,3 +80,11 @@ def test_class_fits_its_deviation(index: int):
     entropy = -(share * np.log2(share)).sum()
     cost = (share * tables.code_lengths(0, index)).sum() / 256
     assert entropy <= cost <= entropy + 0.05
+
+
+def test_path_costs_of_the_kernels_are_those_of_the_library():
+    """Two ways to compute them; classes with raw bits cost nothing."""
+    generated = dict(make_tables.all_tables())
+    for number in range(17):
+        assert tables.path_costs(number).tolist() == make_tables.path_cost(generated, number)
+    assert not tables.path_costs(17).any()

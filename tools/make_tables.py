@@ -189,6 +189,12 @@ inline constexpr uint16_t kCodeLength[257] = {
 @LENGTHS@
 };
 
+// What an index k costs a path of the trellis, at [n][k + 32]: 13/32 of the shorter of both
+// families' codes, an escape's byte included. The unit is the square of 1/16 half step.
+inline constexpr uint16_t kPathCost[17][64] = {
+@PATH@
+};
+
 constexpr CodingTable expand(const CompactTable& from) {
   CodingTable to{};
   to.first = from.first;
@@ -217,6 +223,19 @@ inline constexpr CodingTable kLosslessTables[8] = {
 """
 
 
+def path_cost(tables: dict[str, Table], number: int) -> list[int]:
+    """One row of kPathCost."""
+
+    def length(family: int, k: int) -> int:
+        first, slots = tables[f"residual {family} {number}"]
+        j, escape = k - first, len(slots) - 1
+        inside = 0 <= j < escape
+        bits = math.log2(SLOTS / slots[j if inside else escape])
+        return round(256 * bits) + (0 if inside else 256 * ESCAPE_BITS)
+
+    return [13 * min(length(0, k), length(1, k)) >> 5 for k in range(-32, 32)]
+
+
 def cpp_form(tables: list[tuple[str, Table]]) -> str:
     """The whole of tables.h."""
 
@@ -234,7 +253,10 @@ def cpp_form(tables: list[tuple[str, Table]]) -> str:
         )
 
     lengths = [0] + [round(256 * math.log2(SLOTS / count)) for count in range(1, SLOTS + 1)]
+    costs = [path_cost(dict(tables), number) for number in range(RESIDUAL_CLASSES)]
+    paths = [line for row in costs for line in wrapped("    {", listed(row, "},"), "     ")]
     text = HEADER.replace("@LENGTHS@", "\n".join(wrapped("    ", listed(lengths, ","), "    ")))
+    text = text.replace("@PATH@", "\n".join(paths))
     return text.replace("@RESIDUAL@", rows("residual")).replace("@LOSSLESS@", rows("lossless"))
 
 
