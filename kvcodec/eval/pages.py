@@ -1,0 +1,101 @@
+"""This project's own codec as the laboratory sees it: real pages, made and read by the library."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcodec.codec import Codec
+from kvcodec.errors import ConfigError
+from kvcodec.eval.protocol import RoundTrip
+from kvcodec.format import EncodedPage
+from kvcodec.identity import Identity, Namespace
+from kvcodec.layout import DType, PageLayout, PageViews
+from kvcodec.plan import PagePlan, check_spec
+from kvcodec.spec import CodecSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["SpecCodec"]
+
+_KEY = "0" * 64  # as long as the keys of an engine, which are digests
+_BATCH = 8  # pages encoded at a time
+
+
+class SpecCodec:
+    """A spec, measured in the bytes of its pages: headers, keys, checksums and padding included."""
+
+    def __init__(self, text: str, codec: Codec, name: str = "") -> None:
+        self.spec = CodecSpec.parse(text)
+        self.name = name or text
+        self._codec = codec
+
+    def roundtrip_pages(self, keys: Tensor, values: Tensor) -> RoundTrip:
+        """Encode every page, decode it into other memory, and count the bytes in between."""
+        import torch
+
+        kinds = {torch.bfloat16: DType.BF16, torch.float16: DType.FP16, torch.float32: DType.FP32}
+        layout = PageLayout.mha(
+            dtype=kinds[keys.dtype],
+            token_count=keys.shape[3],
+            layer_count=keys.shape[1],
+            head_count=keys.shape[2],
+            head_size=keys.shape[4],
+            value_head_size=values.shape[4],
+        )
+        check_spec(self.spec, layout, 0)
+        namespace = Namespace(Identity.of(model="eval"), layout)
+        plan = PagePlan.build(namespace, self.spec.section_codecs(layout), len(_KEY))
+        arrays = [_bits(keys), _bits(values)]
+        decoded = [np.empty_like(array) for array in arrays]
+        stored = 0
+        for start in range(0, len(keys), _BATCH):
+            batch = slice(start, start + _BATCH)
+            stored += self._pass(
+                namespace, plan, [a[batch] for a in arrays], [d[batch] for d in decoded]
+            )
+        back = [
+            torch.from_numpy(array).view(tensor.dtype)
+            for array, tensor in zip(decoded, (keys, values), strict=True)
+        ]
+        return RoundTrip(back[0], back[1], 8.0 * stored)
+
+    def _pass(
+        self,
+        namespace: Namespace,
+        plan: PagePlan,
+        raw: list[npt.NDArray[np.generic]],
+        decoded: list[npt.NDArray[np.generic]],
+    ) -> int:
+        """Bytes of the encoded pages."""
+        page_keys = [_KEY.encode()] * len(raw[0])
+        pages = [np.zeros(plan.page_bytes, np.uint8) for _ in page_keys]
+        broken = self._codec.encode_into(
+            plan, page_keys, PageViews.of_arrays(plan.layout, raw), pages
+        )
+        if broken.any():
+            raise ConfigError(
+                f"{self.name}: the cache holds values that are not finite, so it would be kept raw"
+            )
+        sizes = [EncodedPage.parse(page.data).header.page_bytes for page in pages]
+        problems = self._codec.decode_into(
+            namespace, plan, page_keys, pages, PageViews.of_arrays(plan.layout, decoded)
+        )
+        for problem in problems:
+            if problem is not None:
+                raise problem
+        return sum(sizes)
+
+
+def _bits(tensor: Tensor) -> npt.NDArray[np.generic]:
+    """The numbers of a tensor as numpy holds them: bf16, which it lacks, as its 16 bits."""
+    import torch
+
+    whole = tensor.contiguous()
+    array: npt.NDArray[np.generic] = whole.view(
+        torch.int16 if whole.itemsize == 2 else torch.int32
+    ).numpy()
+    return array

@@ -1,0 +1,175 @@
+"""One call of ``kvcodec eval``: what was asked for, made into a model, windows and codecs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedModel
+
+from kvcodec.codec import Codec
+from kvcodec.errors import ConfigError
+from kvcodec.eval.imprint import Imprint, check_same, imprint
+from kvcodec.eval.model import CachedModel, load_model, tokens_of
+from kvcodec.eval.pages import SpecCodec
+from kvcodec.eval.protocol import AnyCodec, CacheCodec, PageCodec
+from kvcodec.eval.report import Row
+from kvcodec.eval.runner import Mode, Options, Result, Windows, measure, windows_of
+
+__all__ = ["Session", "codecs_of", "peers_of", "run_session"]
+
+_COMPUTE = ("float32", "bfloat16", "float16")
+_CACHE = ("bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """The options of the command; see there. The names of models and peers come from the user's
+    own command line, and importing a peer runs its code.
+    """
+
+    model: str
+    specs: tuple[str, ...]
+    text: Path
+    mode: str = "context"
+    context: int = 512
+    score: int = 0
+    page_size: int = 64
+    sink_tokens: int = 0
+    windows: int = 0
+    imprint: str = ""
+    peers: tuple[str, ...] = ()
+    compute: str = "float32"
+    cache: str = "bfloat16"
+    device: str = "cpu"
+
+    def options(self) -> Options:
+        """How windows are cut. Raises `ConfigError` for a value out of range."""
+        return Options(
+            mode=Mode(_one_of("--mode", self.mode, [mode.value for mode in Mode])),
+            context=self.context,
+            score=self.score,
+            page_size=self.page_size,
+            sink_tokens=self.sink_tokens,
+            windows=self.windows,
+        )
+
+
+def _one_of(name: str, value: str, allowed: list[str] | tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ConfigError(f"{name} is {value!r}, allowed are {', '.join(allowed)}")
+    return value
+
+
+def codecs_of(session: Session, codec: Codec) -> list[AnyCodec]:
+    """The specs and the peers, in this order."""
+    found: list[AnyCodec] = [SpecCodec(text, codec) for text in session.specs]
+    for peer in session.peers:
+        found += peers_of(peer)
+    return found
+
+
+def peers_of(text: str) -> list[AnyCodec]:
+    """What ``module:name`` names: a codec, several, or a function that gives either."""
+    module, colon, name = text.partition(":")
+    if not colon:
+        raise ConfigError(f"--peer is {text!r}, wanted MODULE:NAME")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"--peer {text!r} cannot be imported: {error}") from error
+    if isinstance(found, type) or (not _is_codec(found) and callable(found)):
+        found = found()
+    codecs = [found] if _is_codec(found) else list(found)
+    for each in codecs:
+        if not _is_codec(each):
+            raise ConfigError(f"--peer {text!r} gives {type(each).__name__}, which is no codec")
+    return codecs
+
+
+def _is_codec(value: object) -> bool:
+    return isinstance(value, CacheCodec | PageCodec)
+
+
+def run_session(session: Session) -> dict[str, Any]:
+    """The document of ``--json``: what was asked for, the variants of the model, and the rows."""
+    options = session.options()
+    compute = getattr(torch, _one_of("--compute", session.compute, _COMPUTE))
+    cache = getattr(torch, _one_of("--cache", session.cache, _CACHE))
+    what = Imprint.parse(session.imprint) if session.imprint else None
+    codec = Codec()
+    try:
+        codecs = codecs_of(session, codec)
+        text = session.text.read_text(encoding="utf-8")
+        raw, tokenizer = load_model(session.model, session.compute, session.device)
+        windows = windows_of(*tokens_of(tokenizer, text), options)
+        model = CachedModel(raw, cache)
+        total = len(windows) * (1 + len(codecs)) * (1 if what is None else 2)
+        variants: list[dict[str, Any]] = []
+        rows: list[Row] = []
+        with _progress(total) as step:
+            _add(variants, rows, "natural", measure(model, windows, codecs, options, step))
+            if what is not None:
+                change = _imprint(raw, what, windows, compute)
+                found = measure(model, windows, codecs, options, step)
+                _add(variants, rows, "imprinted", found)
+                variants[-1]["largest_change_without_cache"] = change
+    finally:
+        codec.close()
+    asked = asdict(session) | {"text": session.text.name, "scored_tokens": options.scored_tokens}
+    asked |= {"coded_tokens": options.coded_tokens, "window_count": len(windows)}
+    return {"asked": asked, "versions": _versions(), "variants": variants, "rows": rows}
+
+
+def _imprint(raw: PreTrainedModel, what: Imprint, windows: Windows, compute: torch.dtype) -> float:
+    """Imprint the model, and make sure that it is still the same function."""
+    bare, ids = CachedModel(raw, None), windows.ids[0].to(raw.device)
+    before = bare.logits(ids, len(ids) - 1)
+    imprint(raw, what)
+    return check_same(before, bare.logits(ids, len(ids) - 1), compute)
+
+
+def _add(variants: list[dict[str, Any]], rows: list[Row], name: str, result: Result) -> None:
+    variants.append(
+        {
+            "name": name,
+            "loss": result.loss,
+            "perplexity": result.perplexity,
+            "tokens": result.tokens,
+        }
+    )
+    for codec, tally in result.rows.items():
+        row = tally.as_json()
+        bits = tally.stored_bits / tally.values
+        rows.append({"variant": name, "codec": codec, "ratio": 16 / bits} | row)
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("kvcodec", "torch", "transformers")}
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr where somebody watches, and a function that advances it."""
+    console = Console(file=sys.stderr)
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda text: bar.update(task, advance=1, description=text)
