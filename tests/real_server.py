@@ -12,7 +12,6 @@ not be installed.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import signal
@@ -30,8 +29,9 @@ import pytest
 STORES = Path(sys.prefix) / "stores"
 START_SECONDS = 60.0
 STOP_SECONDS = 10.0
-_PR_SET_PDEATHSIG = 1
-_prctl = ctypes.CDLL(None).prctl
+# No server outlives a killed test. A program sees to it, for a function to call in the child would
+# make Python fork in a way that gRPC notices: its threads start there, and may end it before exec.
+_END_WITH_PARENT = ("setpriv", "--pdeathsig", "TERM")
 
 
 def need(program: str | Path) -> str:
@@ -68,11 +68,6 @@ def _is_stopped(pid: int) -> bool:
         return all(path.read_text().rpartition(")")[2].split()[0] in "TtZX" for path in threads)
     except (FileNotFoundError, ProcessLookupError):
         return False  # a thread ended meanwhile
-
-
-def _end_with_parent() -> None:
-    """In the child, before exec: no server outlives a killed test."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class RealServer:
@@ -125,14 +120,13 @@ class RealServer:
         """Start the process and wait until it is ready."""
         assert not self.is_running, "it is running"
         self._process = subprocess.Popen(
-            self.command,
+            [*_END_WITH_PARENT, *self.command],
             env=self._environment,
             cwd=self._directory,
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_end_with_parent,
         )
         deadline = time.monotonic() + self._start_seconds
         while not self._ready():

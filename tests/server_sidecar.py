@@ -15,9 +15,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from unittest import mock
 
-import real_server
 from real_server import RealServer, free_port
 
 from kvcodec.backend import Backend, open_backend
@@ -49,10 +47,7 @@ class Sidecar(RealServer):
 
     def start(self) -> None:
         Path(region_path(str(self.socket))).unlink(missing_ok=True)
-        # Where gRPC runs, a fork starts its threads in the child, which may end it before exec;
-        # without a function to call in between, Python forks in a way that gRPC does not notice.
-        with mock.patch.object(real_server, "_end_with_parent", None):
-            super().start()
+        super().start()
 
     @property
     def unix_url(self) -> str:
@@ -103,7 +98,6 @@ def strange(store: Backend) -> Backend:
 
 
 def main(socket: str, port: str, url: str, *settings: str) -> None:
-    real_server._end_with_parent()
     keep_freed_memory()
     options: dict[str, object] = {}
     for setting in settings:
