@@ -102,7 +102,9 @@ def evaluate(
         from kvcodec.eval.report import draw, show, show_layers
         from kvcodec.eval.session import Session, run_session
     except ImportError as error:
-        raise ConfigError(f"kvcodec eval needs the extra eval: {error}") from error
+        raise ConfigError(
+            f"kvcodec eval needs what pip install 'kvcodec[eval]' brings: {error}"
+        ) from error
     session = Session(
         model=model,
         specs=tuple(specs),

@@ -123,8 +123,8 @@ class CachedModel:
     ) -> None:
         if getattr(model.config, "kv_lora_rank", None):
             raise ConfigError(
-                "the model's cache is compressed (MLA): engines store its latent, which transformers "
-                "does not, so it cannot be measured"
+                "the cache of this model is compressed (MLA): engines store its latent, which "
+                "transformers does not, so it cannot be measured"
             )
         model.set_attn_implementation(_ATTENTION)
         self.model = model.eval()

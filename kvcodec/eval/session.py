@@ -87,9 +87,12 @@ def peers_of(text: str) -> list[AnyCodec]:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"--peer {text!r} cannot be imported: {error}") from error
-    if isinstance(found, type) or (not _is_codec(found) and callable(found)):
-        found = found()
-    codecs = [found] if _is_codec(found) else list(found)
+    try:
+        if isinstance(found, type) or (not _is_codec(found) and callable(found)):
+            found = found()
+        codecs = [found] if _is_codec(found) else list(found)
+    except TypeError as error:
+        raise ConfigError(f"--peer {text!r} gives no codecs: {error}") from error
     for each in codecs:
         if not _is_codec(each):
             raise ConfigError(f"--peer {text!r} gives {type(each).__name__}, which is no codec")
@@ -109,7 +112,7 @@ def run_session(session: Session) -> dict[str, Any]:
     codec = Codec()
     try:
         codecs = codecs_of(session, codec)
-        text = session.text.read_text(encoding="utf-8")
+        text = _text_of(session.text)
         raw, tokenizer = load_model(session.model, session.compute, session.device)
         windows = windows_of(*tokens_of(tokenizer, text), options)
         model = CachedModel(raw, cache)
@@ -128,6 +131,13 @@ def run_session(session: Session) -> dict[str, Any]:
     asked = asdict(session) | {"text": session.text.name, "scored_tokens": options.scored_tokens}
     asked |= {"coded_tokens": options.coded_tokens, "window_count": len(windows)}
     return {"asked": asked, "versions": _versions(), "variants": variants, "rows": rows}
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the text {str(path)!r} cannot be read: {error}") from error
 
 
 def _imprint(raw: PreTrainedModel, what: Imprint, windows: Windows, compute: torch.dtype) -> float:
