@@ -1,0 +1,325 @@
+"""Sections of kind ecq in plain numpy, laid out like 3.5 to 3.9 of proto/FORMAT.md: slow, and the
+oracle of the tests.
+
+Rows are arrays of element bits (heads, tokens, head_size) as in `kvcodec.reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcodec._reference_choice import (
+    EMPTY,
+    Groups,
+    Statistics,
+    choose_reference,
+    choose_scales,
+    element_class,
+    measure,
+    power,
+    step_exponent,
+)
+from kvcodec._reference_stream import (
+    LANES,
+    CodedParts,
+    DamagedSection,
+    Integers,
+    StreamReader,
+    Symbols,
+    TileEntry,
+    join_parts,
+    split_parts,
+    tile_slices,
+    write_stream,
+)
+from kvcodec._reference_trellis import half_steps, search_path
+from kvcodec.layout import DType
+from kvcodec.reference import from_float32, to_float32
+from kvcodec.rotary import Rotary
+from kvcodec.tables import class_parts, code_lengths, path_costs, residual_table
+
+__all__ = [
+    "DamagedSection",
+    "EcqCodec",
+    "QuantizedTiles",
+    "decode_ecq",
+    "dequantized_tiles",
+    "encode_ecq",
+    "quantized_tiles",
+]
+
+Bits = npt.NDArray[Any]
+Float32 = npt.NDArray[np.float32]
+
+_DOMAIN = np.float32(2.0**31)
+_CHOICES = range(0, 33, 4)  # of scale_class and mean_class
+
+
+@dataclass(frozen=True)
+class EcqCodec:
+    """`bits` is the nominal number of bits per element times 16, from 24 to 112.
+
+    With `rotary` a section per channel may be derotated.
+    """
+
+    bits: int
+    per_channel: bool
+    rotary: Rotary | None = None
+
+    def may_derotate(self, head_size: int) -> bool:
+        """Whether a section of that head size may be stored derotated."""
+        if self.rotary is None or not self.per_channel:
+            return False
+        return self.rotary.size <= head_size <= 256
+
+    def groups(self, tokens: int, channels: int, derotated: bool) -> Groups:
+        """The groups of a tile."""
+        pairs = self.rotary.pairs if derotated and self.rotary is not None else None
+        return Groups.of(tokens, channels, self.per_channel, pairs)
+
+
+def _turned(tiles: Float32, rotary: Rotary, first: Sequence[int], direction: int) -> Float32:
+    """Tiles (n, tokens, channels) whose first tokens are `first`, with their pairs turned by the
+    angles of their tokens: forth (1) or back (-1).
+    """
+    tokens = tiles.shape[1]
+    table = rotary.table(max(first) + tokens)
+    rotation = np.stack([table[start : start + tokens] for start in first])
+    cos, sin = rotation[..., 0], rotation[..., 1] * np.float32(direction)
+    left, right = rotary.pairs.T
+    a, b = tiles[..., left], tiles[..., right]
+    out = tiles.copy()
+    out[..., left] = a * cos - b * sin
+    out[..., right] = b * cos + a * sin
+    return out
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Tiles of one shape: their place in the directory and in the rows, and their elements."""
+
+    index: Sequence[int]
+    slices: Sequence[tuple[int, slice, slice]]
+    values: Float32  # (tiles, tokens, channels)
+
+    @property
+    def tokens(self) -> int:
+        return self.values.shape[1]
+
+    @property
+    def channels(self) -> int:
+        return self.values.shape[2]
+
+    @property
+    def first_tokens(self) -> list[int]:
+        return [tokens.start for _, tokens, _ in self.slices]
+
+
+def _batches(values: Float32) -> list[_Batch]:
+    found: dict[tuple[int, int], list[tuple[int, tuple[int, slice, slice]]]] = {}
+    for index, place in enumerate(tile_slices(values.shape)):
+        shape = values[place].shape
+        found.setdefault((shape[0], shape[1]), []).append((index, place))
+    return [
+        _Batch(
+            [index for index, _ in tiles],
+            [place for _, place in tiles],
+            np.stack([values[place] for _, place in tiles]),
+        )
+        for tiles in found.values()
+    ]
+
+
+@dataclass(frozen=True)
+class QuantizedTiles:
+    """Tiles of one shape as integers, (tiles, ...)."""
+
+    groups: Groups
+    reference: Integers  # r
+    scales: Integers  # (tiles, groups)
+    means: Integers  # (tiles, sequences), in the order of the sequences
+    indices: Integers  # (tiles, sequences, elements)
+
+    def classes(self, bits: int) -> Integers:
+        """The class of each group's elements."""
+        r = self.reference[:, None]
+        return element_class(bits, r, r - self.scales)
+
+
+def _by_step(sequences: Integers) -> Integers:
+    """(tiles, steps, lanes) of (tiles, sequences, elements)."""
+    tiles, count, length = sequences.shape
+    padded = np.zeros((tiles, count, -(-length // LANES) * LANES), sequences.dtype)
+    padded[..., :length] = sequences
+    return padded.reshape(tiles, -1, LANES)
+
+
+def _by_sequence(steps: Integers, shape: tuple[int, ...]) -> Integers:
+    """Inverse of `_by_step`."""
+    return steps.reshape(shape[0], shape[1], -1)[..., : shape[2]]
+
+
+def _active(groups: Groups, scales: Integers, length: int) -> npt.NDArray[np.bool_]:
+    """Which lanes of which steps hold an element."""
+    full = (scales != EMPTY)[:, groups.group, None].astype(np.int64)
+    return _by_step(np.repeat(full, length, axis=2)) > 0
+
+
+def _quantize(sequences: Float32, found: Statistics, groups: Groups, bits: int) -> QuantizedTiles:
+    """Steps 5 to 8."""
+    reference = choose_reference(found, groups)
+    scales = choose_scales(found, reference, bits)
+    r = reference[:, None]
+    inverse = power(16 - step_exponent(bits, r, r - scales))[:, groups.group]
+    means = np.rint(found.mean * inverse)
+    means[(scales == EMPTY)[:, groups.group]] = 0
+    scaled = sequences * inverse[..., None] - means[..., None]
+    numbers = np.rint(scaled * np.float32(16)).astype(np.int64)
+    length = sequences.shape[-1]
+    numbers[(scales == EMPTY)[:, groups.group]] = 0
+    per_class = np.stack([path_costs(index) for index in range(33)])
+    costs = per_class[element_class(bits, r, r - scales)][:, groups.group]
+    costs = np.repeat(costs, -(-length // LANES), axis=1)
+    path = search_path(_by_step(numbers), _active(groups, scales, length), costs)
+    indices = _by_sequence(path, sequences.shape)
+    return QuantizedTiles(groups, reference, scales, means.astype(np.int64), indices)
+
+
+def dequantized_tiles(
+    tiles: QuantizedTiles, first: Sequence[int], codec: EcqCodec, turn: bool
+) -> Float32:
+    """Numbers (tiles, tokens, channels) of tiles whose first tokens are `first`."""
+    group, r = tiles.groups.group, tiles.reference[:, None]
+    half = power(step_exponent(codec.bits, r, r - tiles.scales) - 16)[:, group, None]
+    shape = tiles.indices.shape
+    u = half_steps(_by_step(tiles.indices), _active(tiles.groups, tiles.scales, shape[-1]))
+    sums = (tiles.means[..., None] + _by_sequence(u, shape)).astype(np.float32)
+    values = tiles.groups.tiles(sums * half)
+    return _turned(values, codec.rotary, first, 1) if turn and codec.rotary else values
+
+
+def _length(values: Integers, family: int, index: int) -> int:
+    return int(code_lengths(family, index)[values + 2048].sum())
+
+
+def _tile_stream(tiles: QuantizedTiles, at: int, bits: int) -> tuple[TileEntry, bytes]:
+    """Step 9 and the stream of one tile."""
+    groups, scales = tiles.groups, tiles.scales[at]
+    means = np.empty_like(tiles.means[at])
+    means[groups.order] = tiles.means[at]
+    classes = tiles.classes(bits)[at][groups.group]
+    full = np.flatnonzero((scales != EMPTY)[groups.group])
+    by_family = [
+        sum(_length(tiles.indices[at, i], family, classes[i]) for i in full) for family in (0, 1)
+    ]
+    family = int(by_family[1] < by_family[0])
+    scale_class = min(_CHOICES, key=lambda index: _length(scales, 0, index))
+    mean_class = min(_CHOICES, key=lambda index: _length(means, 0, index))
+    side = [(scales, scale_class), (means, mean_class)]
+    if not groups.per_channel:
+        mean_class = 0
+        del side[1]
+    sequences = [_symbols(values, 0, index) for values, index in side]
+    sequences += [_symbols(tiles.indices[at, i], family, classes[i]) for i in full]
+    entry = TileEntry(int(tiles.reference[at]) + 160, scale_class, mean_class, family)
+    return entry, write_stream(sequences)
+
+
+def _symbols(values: Integers, family: int, index: int) -> Symbols:
+    number, shift = class_parts(index)
+    return Symbols(residual_table(family, number), shift, values)
+
+
+def _choose_turn(values: Float32, codec: EcqCodec) -> bool:
+    """Step 4: whether derotation makes the groups narrower."""
+    if codec.rotary is None or not codec.may_derotate(values.shape[2]):
+        return False
+    costs = [0, 0]
+    for batch in _batches(values):
+        for turn in (False, True):
+            groups = codec.groups(batch.tokens, batch.channels, turn)
+            tiles = batch.values
+            if turn:
+                tiles = _turned(tiles, codec.rotary, batch.first_tokens, -1)
+            found = measure(groups.sequences(tiles), groups)
+            exponent = np.where(found.empty, -252, found.exponent)
+            costs[turn] += int((exponent * groups.sizes).sum())
+    return costs[1] < costs[0]
+
+
+def quantized_tiles(
+    values: Float32, codec: EcqCodec
+) -> tuple[bool, list[tuple[_Batch, QuantizedTiles]]]:
+    """Whether the section is derotated, and its tiles as integers."""
+    turn = _choose_turn(values, codec)
+    out = []
+    for batch in _batches(values):
+        groups = codec.groups(batch.tokens, batch.channels, turn)
+        tiles = batch.values
+        if turn and codec.rotary is not None:
+            tiles = _turned(tiles, codec.rotary, batch.first_tokens, -1)
+        sequences = groups.sequences(tiles)
+        out.append((batch, _quantize(sequences, measure(sequences, groups), groups, codec.bits)))
+    return turn, out
+
+
+def encode_ecq(rows: Bits, dtype: DType, codec: EcqCodec) -> bytes:
+    """The stored bytes of a section without padding; the raw elements where coding does not pay."""
+    raw = np.ascontiguousarray(rows).tobytes()
+    values = to_float32(rows, dtype)
+    if not (np.abs(values) < _DOMAIN).all():
+        return raw
+    turn, batches = quantized_tiles(values, codec)
+    coded: dict[int, tuple[TileEntry, bytes]] = {}
+    for batch, tiles in batches:
+        for at, index in enumerate(batch.index):
+            coded[index] = _tile_stream(tiles, at, codec.bits)
+    entries, streams = zip(*(coded[index] for index in range(len(coded))), strict=True)
+    stored = join_parts(CodedParts(int(turn), entries, b"", streams))
+    return stored if len(stored) < len(raw) else raw
+
+
+def _read_tile(
+    entry: TileEntry, stream: bytes, codec: EcqCodec, groups: Groups, length: int
+) -> QuantizedTiles:
+    reader = StreamReader(stream)
+    number, shift = class_parts(entry.scale_class)
+    scales = reader.read(residual_table(0, number), shift, len(groups.sizes))
+    scales = (scales + 128 & 255) - 128
+    means = np.zeros(len(groups.order), np.int64)
+    if groups.per_channel:
+        number, shift = class_parts(entry.mean_class)
+        means = reader.read(residual_table(0, number), shift, len(means))[groups.order]
+        means = (means + 32768 & 65535) - 32768
+    reference = np.array(entry.reference - 160)
+    classes = element_class(codec.bits, reference, reference - scales)[groups.group]
+    indices = np.zeros((len(groups.order), length), np.int64)
+    for at, index in enumerate(classes.tolist()):
+        if scales[groups.group[at]] != EMPTY:
+            number, shift = class_parts(index)
+            indices[at] = reader.read(residual_table(entry.family, number), shift, length)
+    reader.finish()
+    return QuantizedTiles(groups, reference[None], scales[None], means[None], indices[None])
+
+
+def decode_ecq(stored: bytes, shape: tuple[int, int, int], dtype: DType, codec: EcqCodec) -> Bits:
+    """The rows (heads, tokens, head_size) of a section. DamagedSection if it is none."""
+    out: Bits = np.zeros(shape, np.uint32 if dtype is DType.FP32 else np.uint16)
+    if len(stored) == out.nbytes:
+        return np.frombuffer(stored, out.dtype).reshape(shape).copy()
+    places = list(tile_slices(shape))
+    parts = split_parts(stored, len(places), 0, int(codec.may_derotate(shape[2])))
+    turn = bool(parts.flags & 1)
+    for place, entry, stream in zip(places, parts.entries, parts.streams, strict=True):
+        _, token, channel = place
+        groups = codec.groups(token.stop - token.start, channel.stop - channel.start, turn)
+        length = token.stop - token.start if codec.per_channel else channel.stop - channel.start
+        tiles = _read_tile(entry, stream, codec, groups, length)
+        values = dequantized_tiles(tiles, [token.start], codec, turn)
+        out[place] = from_float32(values[0], dtype)
+    return out
