@@ -5,19 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from kvcodec import native
 from kvcodec.errors import ConfigError, CorruptPage, NativeError, PageError, UndecodedPage
-from kvcodec.format import EncodedPage
+from kvcodec.format import PAGE_BYTES_OFFSET, EncodedPage
 from kvcodec.identity import Namespace
 from kvcodec.layout import PageViews, StreamStrides
 from kvcodec.plan import PagePlan
-from kvcodec.spec import Kind
 
-__all__ = ["Codec", "encoded_size"]
+__all__ = ["Codec", "Encoded", "encoded_size"]
 
 _FOREIGN_PLANS = 64
 
@@ -25,8 +25,18 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def encoded_size(plan: PagePlan) -> int:
-    """Exact bytes of every page encoded under `plan`."""
+    """Exact bytes of every page encoded under `plan`; the most, where a section is coded."""
     return plan.page_bytes
+
+
+class Encoded(NamedTuple):
+    """What encoding made of each page: its length, and how many groups held a value outside the
+    codec's domain (NaN, infinite, 2^127 or more) and decode to NaN. Coded sections have no such
+    groups: they fall back to raw.
+    """
+
+    page_bytes: npt.NDArray[np.uint64]
+    nonfinite_groups: npt.NDArray[np.uint64]
 
 
 @lru_cache(maxsize=128)
@@ -51,19 +61,21 @@ def _native_plan(plan: PagePlan, strides: tuple[StreamStrides, ...]) -> native.P
         sections=[
             native.Section(
                 kind=int(codec.kind),
-                bits=codec.bits if codec.bits else 8 * layout.dtype.itemsize,
+                bits=codec.bits or 8 * layout.dtype.itemsize,
                 asymmetric=codec.asymmetric,
                 channel=bool(codec.axis),
                 group_size=max(codec.group_size, 0),
                 offset=int(offset),
                 stored_bytes=int(stored),
                 checksum_offset=int(checksum),
+                size_offset=int(size),
             )
-            for codec, offset, stored, checksum in zip(
+            for codec, offset, stored, checksum, size in zip(
                 plan.codecs,
                 plan.section_offsets,
                 plan.stored_bytes,
                 plan.checksum_offsets,
+                plan.size_offsets,
                 strict=True,
             )
         ],
@@ -71,6 +83,7 @@ def _native_plan(plan: PagePlan, strides: tuple[StreamStrides, ...]) -> native.P
         key_offset=plan.key_offset,
         key_bytes=plan.key_bytes,
         page_bytes=plan.page_bytes,
+        size_offset=0 if plan.is_fixed else PAGE_BYTES_OFFSET,
     )
 
 
@@ -111,12 +124,11 @@ class Codec:
 
     def encode_into(
         self, plan: PagePlan, keys: Sequence[bytes], views: PageViews, targets: Sequence[Bytes]
-    ) -> npt.NDArray[np.uint64]:
+    ) -> Encoded:
         """Encode pages into the starts of `targets`, uint8 arrays of at least `plan.page_bytes`.
 
-        Returns per page how many groups held a value outside the codec's domain (NaN, infinite,
-        2^127 or more): such a group decodes to NaN, so a caller that wants the values keeps the
-        page raw. Raises `NativeError` if memory runs out.
+        A caller that wants to keep values outside the codec's domain encodes such a page raw.
+        Raises `NativeError` if memory runs out.
         """
         _check_batch(plan, keys, targets, views)
         for target in targets:
@@ -129,7 +141,7 @@ class Codec:
         if (batch.status == native.OUT_OF_MEMORY).any():
             raise NativeError("no memory to encode pages with")
         assert not batch.status.any(), f"encode failed: {batch.status}"
-        return batch.nonfinite_groups
+        return Encoded(batch.encoded_bytes, batch.nonfinite_groups)
 
     def decode_into(
         self,
@@ -153,7 +165,7 @@ class Codec:
         if not views.writable:
             raise ConfigError("the views are of read-only memory, into which nothing is decoded")
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-        if any(codec.kind is Kind.INT and codec.bits < minimum_bits for codec in plan.codecs):
+        if any((codec.nominal_bits or minimum_bits) < minimum_bits for codec in plan.codecs):
             results: list[PageError | None] = [_FOREIGN] * len(keys)
         else:
             results = self._decode(plan, range(len(keys)), keys, pages, views, deadline)
@@ -244,6 +256,8 @@ def _error(status: int, section: int) -> PageError | None:
         return CorruptPage("section_checksum", f"section {section} does not have its checksum")
     if status == native.BAD_PADDING:
         return CorruptPage("padding", f"the padding of section {section} is not zero")
+    if status == native.BAD_STREAM:
+        return CorruptPage("section_stream", f"section {section} does not decode")
     if status == native.OUT_OF_MEMORY:
         return UndecodedPage("memory", "no memory to decode the page with")
     return UndecodedPage("deadline", "the deadline passed before the page was decoded")

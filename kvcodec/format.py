@@ -5,7 +5,6 @@ proto/FORMAT.md.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
@@ -22,6 +21,7 @@ from kvcodec.errors import (
     QualityBelowMinimum,
     UnsupportedPage,
 )
+from kvcodec.extension import MAX_EXTENSION_BYTES, Extension, extension_record, parse_extensions
 from kvcodec.identity import MAX_IDENTITY_BYTES, MAX_KEY_BYTES, Identity, Namespace
 from kvcodec.layout import (
     MAX_LAYER_COUNT,
@@ -42,7 +42,10 @@ __all__ = [
     "MAX_EXTENSION_BYTES",
     "MAX_HEADER_BYTES",
     "MINOR",
+    "PAGE_BYTES_OFFSET",
+    "PAGE_BYTES_SIZE",
     "SECTION",
+    "SIZE_BYTES",
     "STREAM",
     "EncodedPage",
     "Extension",
@@ -58,12 +61,13 @@ MAGIC = b"\x89KVC\r\n\x1a\n"
 MAJOR = 1
 MINOR = 0
 MAX_HEADER_BYTES = 1 << 18
-MAX_EXTENSION_BYTES = 65536
 CHECKSUM_BYTES = 8
+SIZE_BYTES = 4
+PAGE_BYTES_OFFSET = 16
+PAGE_BYTES_SIZE = 8
 
 FIXED = struct.Struct("<8sHHIQII12sIHHI8s")
 STREAM = struct.Struct("<B3sIII")
-_EXTENSION = struct.Struct("<HHI")
 SECTION = np.dtype(
     [
         ("kind", "u1"),
@@ -80,6 +84,9 @@ assert (FIXED.size, STREAM.size, SECTION.itemsize) == (64, 16, 24)
 
 _ASYMMETRIC = 1
 _CHANNEL = 2
+_TABLE_VERSION = 1
+#: What a row of the section table says, without the checksum.
+_SETTINGS = ["kind", "bits", "options", "table", "group_size", "stored_bytes", "side_bytes"]
 
 
 def pad64(size: int) -> int:
@@ -88,8 +95,8 @@ def pad64(size: int) -> int:
 
 
 def parameter_bytes(stream: Stream, token_count: int, codec: SectionCodec) -> int:
-    """Bytes of a section's parameters, without padding. `codec` must be resolved."""
-    if codec.kind is Kind.RAW:
+    """Bytes of an int section's parameters, without padding. `codec` must be resolved."""
+    if codec.kind is not Kind.INT:
         return 0
     if codec.axis is Axis.CHANNEL:
         groups = stream.head_count * -(-token_count // codec.group_size) * stream.head_size
@@ -101,9 +108,11 @@ def parameter_bytes(stream: Stream, token_count: int, codec: SectionCodec) -> in
 def section_stored_bytes(
     dtype: DType, stream: Stream, token_count: int, codec: SectionCodec
 ) -> int:
-    """Exact bytes of a section, without its padding. `codec` must be resolved."""
+    """Exact bytes of a section, without its padding; of a coded one the most, what it takes raw.
+    `codec` must be resolved.
+    """
     rows = stream.head_count * token_count
-    if codec.kind is Kind.RAW:
+    if codec.kind is not Kind.INT:
         return rows * stream.head_size * dtype.itemsize
     if codec.axis is Axis.CHANNEL:
         words = -(-token_count * codec.bits // 32)
@@ -112,15 +121,6 @@ def section_stored_bytes(
         blocks, rest = divmod(stream.head_size, 64)
         codes = rows * (blocks * 8 * codec.bits + -(-rest * codec.bits // 8))
     return pad64(parameter_bytes(stream, token_count, codec)) + codes
-
-
-@dataclass(frozen=True, slots=True)
-class Extension:
-    """One extension record of a header."""
-
-    type: int
-    data: bytes
-    critical: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,9 +151,10 @@ class PageHeader:
 
     @property
     def minimum_bits(self) -> int:
-        """Bits per element of the coarsest section; a raw section counts its element's bits."""
+        """Whole bits per element of the coarsest section; one without loss counts its element's."""
         raw_bits = 8 * self.layout.dtype.itemsize
-        return min(codec.bits if codec.kind is Kind.INT else raw_bits for codec in self.codecs)
+        bits = (codec.nominal_bits for codec in self.codecs)
+        return int(min(raw_bits if found is None else found for found in bits))
 
     def expect(self, namespace: Namespace, key: str, *, minimum_bits: int = 0) -> None:
         """Raise `MismatchedPage`, naming the field, unless this is the page of `key` in
@@ -166,8 +167,9 @@ class PageHeader:
         for name in sorted(set(found) | set(expected)):
             _same(name if name in expected else "identity", found.get(name), expected.get(name))
         _same("key", self.key, key)
-        # Nothing was lost where every section is raw, however few bits an element has.
-        if self.minimum_bits < minimum_bits and any(codec.bits for codec in self.codecs):
+        # Nothing was lost where every section is exact, however few bits an element has.
+        lossy = any(codec.nominal_bits is not None for codec in self.codecs)
+        if self.minimum_bits < minimum_bits and lossy:
             raise QualityBelowMinimum(self.minimum_bits, minimum_bits)
 
 
@@ -177,10 +179,16 @@ def _same(what: str, found: object, expected: object) -> None:
 
 
 def section_row(layout: PageLayout, stream: Stream, codec: SectionCodec) -> tuple[int, ...]:
-    """A section's row in the table, its checksum zero. Raises `ConfigError` beyond a limit."""
-    if codec.kind is Kind.INT and not layout.dtype.is_quantizable:
+    """A section's row in the table, its checksum zero, and so the size of a coded one. Raises
+    `ConfigError` beyond a limit.
+    """
+    if codec.kind is not Kind.RAW and not layout.dtype.is_quantizable:
         raise ConfigError(
             f"{layout.dtype.text} pages are stored raw; {codec.text} cannot be applied"
+        )
+    if codec.kind in (Kind.LOSSLESS, Kind.BLOCK) and layout.dtype.itemsize != 2:
+        raise ConfigError(
+            f"{codec.text} knows bf16 and fp16; {layout.dtype.text} pages can be stored raw"
         )
     stored = section_stored_bytes(layout.dtype, stream, layout.token_count, codec)
     if stored > MAX_SECTION_BYTES:
@@ -188,23 +196,10 @@ def section_row(layout: PageLayout, stream: Stream, codec: SectionCodec) -> tupl
     if codec.kind is Kind.RAW:
         return (Kind.RAW, 8 * layout.dtype.itemsize, 0, 0, 0, stored, 0, 0)
     options = _ASYMMETRIC * codec.asymmetric | _CHANNEL * (codec.axis is Axis.CHANNEL)
+    if codec.kind.is_coded:
+        bits = codec.bits or 8 * layout.dtype.itemsize
+        return (codec.kind, bits, options, _TABLE_VERSION, 0, 0, 0, 0)
     return (Kind.INT, codec.bits, options, 0, codec.group_size, stored, 0, 0)
-
-
-def extension_record(extensions: Sequence[Extension]) -> bytes:
-    """The extensions as they stand in a header. Raises `ConfigError` beyond a limit."""
-    types = [extension.type for extension in extensions]
-    if types != sorted(set(types)) or not all(0 <= number <= 0xFFFF for number in types):
-        raise ConfigError(f"extension types {types} are not ascending numbers of 16 bits")
-    record = b"".join(
-        _EXTENSION.pack(e.type, int(e.critical), len(e.data)) + e.data + bytes(-len(e.data) % 8)
-        for e in extensions
-    )
-    if len(record) > MAX_EXTENSION_BYTES:
-        raise ConfigError(
-            f"the extensions take {len(record)} bytes, allowed is {MAX_EXTENSION_BYTES}"
-        )
-    return record
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,7 +300,7 @@ def _parse_header(view: memoryview) -> PageHeader:
         codecs=codecs,
         stored_bytes=tuple(table["stored_bytes"].tolist()),
         checksums=tuple(table["checksum"].tolist()),
-        extensions=_parse_extensions(header[extension_offset:end]),
+        extensions=parse_extensions(header[extension_offset:end]),
         minor=minor,
         header_bytes=header_bytes,
         page_bytes=page_bytes,
@@ -347,14 +342,17 @@ def _parse_table(
     """The codecs of all sections. Equal rows are checked once, so the cost follows the number of
     distinct codecs.
     """
-    if (table["table"] != 0).any() or (table["side_bytes"] != 0).any():
-        raise UnsupportedPage("section", "a coding table or side information", "none")
     codecs: list[SectionCodec] = [RAW] * len(table)
     for index, stream in enumerate(layout.streams):
         rows = table[index :: len(layout.streams)]
-        settings = rows[["kind", "bits", "options", "group_size", "stored_bytes"]].tolist()
-        known = {row: _row_codec(layout, stream, *row) for row in set(settings)}
-        codecs[index :: len(layout.streams)] = [known[row] for row in settings]
+        settings = rows[_SETTINGS].copy()
+        coded = settings["kind"] >= Kind.ECQ
+        most = section_stored_bytes(layout.dtype, stream, layout.token_count, RAW)
+        if ((rows["stored_bytes"] == 0) | (rows["stored_bytes"] > most))[coded].any():
+            _corrupt("section", f"a coded section of no bytes, or of more than its {most} raw ones")
+        settings["stored_bytes"][coded] = 0
+        known = {row: _row_codec(layout, stream, row) for row in set(settings.tolist())}
+        codecs[index :: len(layout.streams)] = [known[row] for row in settings.tolist()]
     total = header_bytes + sum(pad64(size) for size in table["stored_bytes"].tolist())
     if total != page_bytes:
         _corrupt("length", f"header and sections take {total} bytes, the page says {page_bytes}")
@@ -362,59 +360,28 @@ def _parse_table(
 
 
 @lru_cache(maxsize=256)
-def _row_codec(
-    layout: PageLayout,
-    stream: Stream,
-    kind: int,
-    bits: int,
-    options: int,
-    group_size: int,
-    stored_bytes: int,
-) -> SectionCodec:
-    if kind not in (Kind.RAW, Kind.INT):
-        raise UnsupportedPage("section_kind", kind, "0 (raw), 1 (int)")
+def _row_codec(layout: PageLayout, stream: Stream, row: tuple[int, ...]) -> SectionCodec:
+    kind, bits, options, table, group_size, _, side_bytes = row
+    if kind not in list(Kind):
+        raise UnsupportedPage("section_kind", kind, ", ".join(f"{k} ({k.name})" for k in Kind))
     if options & ~(_ASYMMETRIC | _CHANNEL):
         raise UnsupportedPage("reserved", f"section options {options:#x}", "bits 0 and 1")
-    if kind == Kind.RAW:
-        codec = RAW
-    else:
-        axis = Axis.CHANNEL if options & _CHANNEL else Axis.TOKEN
-        length = layout.token_count if axis is Axis.CHANNEL else stream.head_size
-        if bits not in (2, 4, 8) or not 1 <= group_size <= length:
-            _corrupt(
-                "section", f"int section with {bits} bits and groups of {group_size} along {length}"
-            )
-        codec = SectionCodec(Kind.INT, bits, bool(options & _ASYMMETRIC), axis, group_size)
+    if side_bytes or table != _TABLE_VERSION * Kind(kind).is_coded:
+        raise UnsupportedPage("section", f"coding table {table}, {side_bytes} side bytes", "none")
+    axis = Axis.CHANNEL if options & _CHANNEL else Axis.TOKEN
     try:
-        row = section_row(layout, stream, codec)
+        if kind == Kind.INT:
+            length = layout.token_count if axis is Axis.CHANNEL else stream.head_size
+            if not 1 <= group_size <= length:
+                _corrupt("section", f"an int section with groups of {group_size} along {length}")
+            codec = SectionCodec(Kind.INT, bits, bool(options & _ASYMMETRIC), axis, group_size)
+        elif kind == Kind.RAW:
+            codec = RAW
+        else:
+            codec = SectionCodec(Kind(kind), bits if kind == Kind.ECQ else 0, axis=axis)
+        wanted = section_row(layout, stream, codec)[:-1]
     except ConfigError as error:
         raise CorruptPage("section", str(error)) from error
-    if (row[1], row[2], row[4], row[5]) != (bits, options, group_size, stored_bytes):
-        _corrupt(
-            "section",
-            f"a section entry says {bits} bits, options {options:#x}, {stored_bytes} bytes; "
-            f"wanted {row}",
-        )
+    if wanted != row:
+        _corrupt("section", f"a section entry says {row}; wanted {wanted}")
     return codec
-
-
-def _parse_extensions(record: bytes) -> tuple[Extension, ...]:
-    if len(record) > MAX_EXTENSION_BYTES or len(record) % 8:
-        _corrupt("extensions", f"extensions of {len(record)} bytes")
-    extensions: list[Extension] = []
-    at = 0
-    while at < len(record):
-        kind, flags, size = _EXTENSION.unpack_from(record, at)
-        end = at + _EXTENSION.size + size
-        padded = -(-end // 8) * 8
-        if padded > len(record) or any(record[end:padded]):
-            _corrupt("extensions", "an extension runs past the end or has padding that is not zero")
-        if flags & ~1:
-            raise UnsupportedPage("reserved", f"extension flags {flags:#x}", "bit 0")
-        if extensions and kind <= extensions[-1].type:
-            _corrupt("extensions", f"extension {kind} is out of order")
-        if flags & 1:
-            raise UnsupportedPage("extension", kind, "none that is critical")
-        extensions.append(Extension(kind, record[at + _EXTENSION.size : end]))
-        at = padded
-    return tuple(extensions)

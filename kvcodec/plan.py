@@ -7,6 +7,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +22,10 @@ from kvcodec.format import (
     MAJOR,
     MAX_HEADER_BYTES,
     MINOR,
+    PAGE_BYTES_OFFSET,
+    PAGE_BYTES_SIZE,
     SECTION,
+    SIZE_BYTES,
     STREAM,
     Extension,
     PageHeader,
@@ -35,13 +40,20 @@ from kvcodec.spec import CodecSpec, Kind, SectionCodec
 
 __all__ = ["PagePlan", "check_spec"]
 
+#: A coded section is cut into tiles of one head (FORMAT.md 3.5). One below the smallest does not
+#: pay for its states.
+_MAX_TILE_TOKENS = 64
+_MAX_TILE_ELEMENTS = 256
+_MIN_CODED_TILE = 512
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PagePlan:
     """Where everything lies in the pages of one namespace, codec and key length.
 
     `header` is a finished header but for the key, the section checksums and the header checksum,
-    which are zero.
+    which are zero. Where a section is coded its size and the size of the page are zero there too,
+    and `stored_bytes`, `section_offsets` and `page_bytes` are upper bounds.
     """
 
     layout: PageLayout
@@ -52,7 +64,13 @@ class PagePlan:
     stored_bytes: npt.NDArray[np.uint64]
     section_offsets: npt.NDArray[np.uint64]
     checksum_offsets: npt.NDArray[np.uint64]
+    size_offsets: npt.NDArray[np.uint64]
     page_bytes: int
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether every page has exactly `page_bytes`."""
+        return not self.size_offsets.any()
 
     @classmethod
     def build(
@@ -103,12 +121,8 @@ class PagePlan:
             raise ConfigError(
                 f"the header would take {header_bytes} bytes, allowed is {MAX_HEADER_BYTES}"
             )
-        stored = table["stored_bytes"].astype(np.uint64)
-        padded = (stored + np.uint64(63)) & ~np.uint64(63)
-        offsets = np.uint64(header_bytes) + np.concatenate(
-            [[np.uint64(0)], np.cumsum(padded)]
-        ).astype(np.uint64)
-        page_bytes = int(offsets[-1])
+        places = _places(namespace.layout, codecs, header_bytes, table_offset)
+        page_bytes = places["page_bytes"] if not places["size_offsets"].any() else 0
         start = FIXED.pack(
             MAGIC,
             MAJOR,
@@ -131,10 +145,7 @@ class PagePlan:
             header=body.ljust(header_bytes, b"\0"),
             key_offset=key_offset,
             key_bytes=key_bytes,
-            stored_bytes=stored,
-            section_offsets=offsets[:-1],
-            checksum_offsets=_checksum_offsets(table_offset, len(table)),
-            page_bytes=page_bytes,
+            **places,
         )
 
     @classmethod
@@ -146,26 +157,36 @@ class PagePlan:
         table_offset = FIXED.size + streams_bytes
         key_offset = table_offset + len(header.codecs) * SECTION.itemsize + fixed[9]
         key_bytes = fixed[10]
-        checksum_offsets = _checksum_offsets(table_offset, len(header.codecs))
-        for offset in [*checksum_offsets.tolist(), header.header_bytes - CHECKSUM_BYTES]:
-            raw[offset : offset + CHECKSUM_BYTES] = bytes(CHECKSUM_BYTES)
-        raw[key_offset : key_offset + key_bytes] = bytes(key_bytes)
+        places = _places(header.layout, header.codecs, header.header_bytes, table_offset)
+        holes = [(offset, CHECKSUM_BYTES) for offset in places["checksum_offsets"].tolist()]
+        holes += [(offset, SIZE_BYTES) for offset in places["size_offsets"].tolist() if offset]
+        holes += [(header.header_bytes - CHECKSUM_BYTES, CHECKSUM_BYTES), (key_offset, key_bytes)]
+        if places["size_offsets"].any():
+            holes.append((PAGE_BYTES_OFFSET, PAGE_BYTES_SIZE))
+        for offset, size in holes:
+            raw[offset : offset + size] = bytes(size)
         return cls(
             layout=header.layout,
             codecs=header.codecs,
             header=bytes(raw),
             key_offset=key_offset,
             key_bytes=key_bytes,
-            stored_bytes=np.array(header.stored_bytes, np.uint64),
-            section_offsets=np.array(header.section_offsets, np.uint64),
-            checksum_offsets=checksum_offsets,
-            page_bytes=header.page_bytes,
+            **places,
         )
 
-    def finished_header(self, key: str, checksums: Sequence[int]) -> bytes:
-        """The header of one page, given the checksums of its sections."""
+    def finished_header(
+        self, key: str, checksums: Sequence[int], stored_bytes: Sequence[int] | None = None
+    ) -> bytes:
+        """The header of one page, given the checksums of its sections, and their lengths where they
+        are not all those of the plan.
+        """
         raw = bytearray(self.header)
         raw[self.key_offset : self.key_offset + self.key_bytes] = encode_key(key)
+        sizes = self.stored_bytes.tolist() if stored_bytes is None else stored_bytes
+        for offset, size in zip(self.size_offsets.tolist(), sizes, strict=True):
+            if offset:
+                struct.pack_into("<I", raw, offset, size)
+        struct.pack_into("<Q", raw, PAGE_BYTES_OFFSET, len(raw) + sum(map(pad64, sizes)))
         for offset, checksum in zip(self.checksum_offsets.tolist(), checksums, strict=True):
             struct.pack_into("<Q", raw, offset, checksum)
         struct.pack_into(
@@ -174,9 +195,36 @@ class PagePlan:
         return bytes(raw)
 
 
-def _checksum_offsets(table_offset: int, section_count: int) -> npt.NDArray[np.uint64]:
-    first = table_offset + SECTION.fields["checksum"][1]  # type: ignore[index]
-    return (first + np.arange(section_count) * SECTION.itemsize).astype(np.uint64)
+class _Places(TypedDict):
+    stored_bytes: npt.NDArray[np.uint64]
+    section_offsets: npt.NDArray[np.uint64]
+    checksum_offsets: npt.NDArray[np.uint64]
+    size_offsets: npt.NDArray[np.uint64]
+    page_bytes: int
+
+
+def _places(
+    layout: PageLayout, codecs: Sequence[SectionCodec], header_bytes: int, table_offset: int
+) -> _Places:
+    """Where sections, their checksums and their sizes lie."""
+    streams = layout.streams * layout.layer_count
+    stored = [
+        section_stored_bytes(layout.dtype, stream, layout.token_count, codec)
+        for stream, codec in zip(streams, codecs, strict=True)
+    ]
+    offsets = list(accumulate(map(pad64, stored), initial=header_bytes))
+    rows = table_offset + np.arange(len(codecs)) * SECTION.itemsize
+    assert SECTION.fields is not None
+    coded = np.array([codec.kind.is_coded for codec in codecs])
+    return {
+        "stored_bytes": np.array(stored, np.uint64),
+        "section_offsets": np.array(offsets[:-1], np.uint64),
+        "checksum_offsets": (rows + SECTION.fields["checksum"][1]).astype(np.uint64),
+        "size_offsets": np.where(coded, rows + SECTION.fields["stored_bytes"][1], 0).astype(
+            np.uint64
+        ),
+        "page_bytes": offsets[-1],
+    }
 
 
 def check_spec(spec: CodecSpec, layout: PageLayout, minimum_bits: int) -> None:
@@ -198,12 +246,18 @@ def check_spec(spec: CodecSpec, layout: PageLayout, minimum_bits: int) -> None:
         stream = layout.streams[index % len(layout.streams)]
         stored = section_stored_bytes(layout.dtype, stream, layout.token_count, codec)
         raw = layout.section_raw_bytes(stream)
-        if stored >= raw:
+        tile = min(layout.token_count, _MAX_TILE_TOKENS) * min(stream.head_size, _MAX_TILE_ELEMENTS)
+        if codec.kind.is_coded and tile < _MIN_CODED_TILE:
+            raise ConfigError(
+                f"{codec.text} needs {_MIN_CODED_TILE} elements of a head in a page, "
+                f"{layout.token_count} tokens have {tile}: use pages of more tokens"
+            )
+        if stored >= raw and not codec.kind.is_coded:
             raise ConfigError(
                 f"{codec.text} turns a {stream.role.text} section of {raw} bytes into {stored}: "
                 f"use pages of more than {layout.token_count} tokens, or larger or per-token groups"
             )
-        if codec.bits < minimum_bits:
+        if codec.nominal_bits is not None and codec.nominal_bits < minimum_bits:
             raise ConfigError(
                 f"minimum_bits is {minimum_bits}, but the spec itself stores {codec.text}"
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,111 +10,12 @@ from typing import Any
 
 from kvcodec.errors import ConfigError
 from kvcodec.layout import MAX_HEAD_SIZE, PageLayout, Role
+from kvcodec.section import RAW, Axis, Kind, SectionCodec
 
 __all__ = ["PRESETS", "RAW", "SPEC_OPTIONS", "Axis", "CodecSpec", "Kind", "SectionCodec"]
 
 
-class Kind(enum.IntEnum):
-    """Kinds of section; the values are those of the page format."""
-
-    RAW = 0
-    INT = 1
-
-
-class Axis(enum.IntEnum):
-    """Along what a group of elements runs; the values are KVTuner's `axis_key` and `axis_value`."""
-
-    TOKEN = 0  #: elements of one token's row
-    CHANNEL = 1  #: tokens of one channel
-
-
-_CODEC_TEXT = re.compile(r"int([248])(-channel)?(-asym)?(?:-g([1-9]\d{0,9}))?", re.ASCII)
 _LAYER_TEXT = re.compile(r"\d{1,10}", re.ASCII)
-
-
-@dataclass(frozen=True, slots=True)
-class SectionCodec:
-    """How one stream of one layer is encoded.
-
-    `group_size` elements share a scale; -1 is the whole row (or, per channel, all tokens of the
-    page). A group never leaves its row or its page, so a larger number means the same as -1.
-    """
-
-    kind: Kind = Kind.RAW
-    bits: int = 0
-    asymmetric: bool = False
-    axis: Axis = Axis.TOKEN
-    group_size: int = -1
-
-    def __post_init__(self) -> None:
-        if self.kind is Kind.RAW:
-            if (self.bits, self.asymmetric, self.axis, self.group_size) != (
-                0,
-                False,
-                Axis.TOKEN,
-                -1,
-            ):
-                raise ConfigError("a raw section has no bits, symmetry, axis or group")
-            return
-        if self.bits not in (2, 4, 8):
-            raise ConfigError(
-                f"int codec with {self.bits} bits; allowed are 2, 4 and 8 (16 is raw)"
-            )
-        if self.group_size != -1 and not 1 <= self.group_size <= MAX_HEAD_SIZE:
-            raise ConfigError(
-                f"group size {self.group_size}; allowed is 1 to {MAX_HEAD_SIZE}, or -1 for the "
-                "whole row"
-            )
-
-    @classmethod
-    def integer(
-        cls, bits: int, *, asymmetric: bool = False, axis: Axis = Axis.TOKEN, group_size: int = -1
-    ) -> SectionCodec:
-        """An int codec of 2, 4 or 8 bits."""
-        return cls(Kind.INT, bits, asymmetric, axis, group_size)
-
-    @classmethod
-    def parse(cls, text: str) -> SectionCodec:
-        """``raw``, ``int8-g128``, ``int4-asym-g64``, ``int4-channel-asym``: inverse of `text`."""
-        if text == "raw":
-            return cls()
-        match = _CODEC_TEXT.fullmatch(text)
-        if match is None:
-            raise ConfigError(
-                f"codec {text!r}; wanted raw or int{{2,4,8}}[-channel][-asym][-gN], "
-                f"such as int4-g64"
-            )
-        bits, channel, asym, group = match.groups()
-        return cls.integer(
-            int(bits),
-            asymmetric=asym is not None,
-            axis=Axis.CHANNEL if channel else Axis.TOKEN,
-            group_size=int(group) if group else -1,
-        )
-
-    @property
-    def text(self) -> str:
-        """Canonical name."""
-        if self.kind is Kind.RAW:
-            return "raw"
-        return (
-            f"int{self.bits}"
-            + ("-channel" if self.axis is Axis.CHANNEL else "")
-            + ("-asym" if self.asymmetric else "")
-            + (f"-g{self.group_size}" if self.group_size > 0 else "")
-        )
-
-    def resolved(self, head_size: int, token_count: int) -> SectionCodec:
-        """The same codec with the true number of elements in a group, as it stands in a page."""
-        if self.kind is Kind.RAW:
-            return self
-        length = token_count if self.axis is Axis.CHANNEL else head_size
-        return replace(
-            self, group_size=length if self.group_size == -1 else min(self.group_size, length)
-        )
-
-
-RAW = SectionCodec()
 
 #: Name -> text. `g64`, symmetric and per token are KVTuner's defaults; 2 bits are asymmetric,
 #: because a symmetric 2-bit code has three levels; the channel presets are KIVI's: keys per
@@ -133,6 +33,11 @@ PRESETS: Mapping[str, str] = {
     "kv8-channel": "key=int8-channel-asym-g64 value=int8-asym-g64",
     "kv4-channel": "key=int4-channel-asym-g64 value=int4-asym-g64",
     "kv2-channel": "key=int2-channel-asym-g32 value=int2-asym-g32",
+    "ecq-4": "key=ecq-4-channel value=ecq-4",
+    "ecq-3": "key=ecq-3-channel value=ecq-3",
+    "ecq-2.5": "key=ecq-2.5-channel value=ecq-2.5",
+    "lossless": "key=lossless-channel value=lossless",
+    "lossless-fast": "key=lossless-fast value=lossless-fast",
     "high_performance": "key=raw value=raw",
     "balanced": "key=int8-g64 value=int4-g64",
     "memory_optimized": "key=int4-g64 value=int4-g64",
@@ -283,11 +188,13 @@ class CodecSpec:
             return value if _quality_bits(value) > _quality_bits(key) else key
         if self.rope is not None:
             return self.rope
-        return key if _quality_bits(key) >= 8 else replace(key, bits=8)
+        if _quality_bits(key) >= 8:
+            return key
+        return replace(key, bits=8) if key.kind is Kind.INT else SectionCodec.integer(8)
 
 
-def _quality_bits(codec: SectionCodec) -> int:
-    return 16 if codec.kind is Kind.RAW else codec.bits
+def _quality_bits(codec: SectionCodec) -> float:
+    return 16 if codec.nominal_bits is None else codec.nominal_bits
 
 
 def _unknown_spec(text: str) -> str:
@@ -328,7 +235,7 @@ def _with_options(
             raise ConfigError(f"{where}{name} is {count!r}, allowed is 2, 4, 8 or 16 (raw)")
         if count == 16:
             codec = RAW
-        elif codec.kind is Kind.RAW:
+        elif codec.kind is not Kind.INT:
             codec = SectionCodec.integer(count, asymmetric=count == 2, group_size=64)
         else:
             codec = replace(codec, bits=count, asymmetric=codec.asymmetric or count == 2)
@@ -346,19 +253,25 @@ def _with_options(
         if isinstance(size, bool) or size != -1:
             size = _integer("q_group_size", size, "-1 (whole row) or 1 and up", 1, MAX_HEAD_SIZE)
         changes["group_size"] = size
-    return codec if codec.kind is Kind.RAW else replace(codec, **changes)
+    if codec.kind is Kind.RAW:
+        return codec
+    if codec.kind.is_coded:
+        changes = {name: value for name, value in changes.items() if name == "axis"}
+    return replace(codec, **changes)
 
 
 def _check_effect(
     options: Mapping[str, object], keys: Sequence[SectionCodec], values: Sequence[SectionCodec]
 ) -> None:
-    """Refuse an option that changes nothing because what it names is stored raw."""
+    """Refuse an option that changes nothing because of how what it names is stored."""
     named = {"axis_key": keys, "axis_value": values, "asym": [*keys, *values]}
     named["q_group_size"] = named["asym"]
     for name, codecs in named.items():
-        if name in options and all(codec.kind is Kind.RAW for codec in codecs):
+        axis = name.startswith("axis")
+        if name in options and not any(c.kind is Kind.INT or (axis and c.kind) for c in codecs):
             what = {"axis_key": "keys are", "axis_value": "values are"}.get(name, "everything is")
-            raise ConfigError(f"{name} has no effect: {what} stored raw")
+            how = " or ".join(sorted({codec.text for codec in codecs}))
+            raise ConfigError(f"{name} has no effect: {what} stored {how}")
 
 
 def _layer_table(options: Mapping[str, object]) -> dict[int, Mapping[str, object]]:

@@ -284,9 +284,9 @@ class PageStore:
         data = [encode_key(keys[index]) for index in chunk.indices]
         plan, raw = self.plan(which, len(data[0])), self.plan("raw", len(data[0]))
         selected, codec = views.select(chunk.indices), self._pipeline.codec
-        outside = codec.encode_into(plan, data, selected, chunk.rows)
-        sizes = [plan.page_bytes] * len(data)
-        for row in np.flatnonzero(outside).tolist():
+        encoded = codec.encode_into(plan, data, selected, chunk.rows)
+        sizes = encoded.page_bytes.tolist()
+        for row in np.flatnonzero(encoded.nonfinite_groups).tolist():
             codec.encode_into(raw, [data[row]], selected.select([row]), [chunk.rows[row]])
             sizes[row] = raw.page_bytes
             self._count("backup.nonfinite")

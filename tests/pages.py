@@ -197,8 +197,9 @@ def native_encode(
     """A whole page by the native codec, and how many of its groups lie outside the domain."""
     target = np.full(plan.page_bytes, 0xA5, np.uint8)
     views = PageViews.of_arrays(plan.layout, [array[None] for array in rows])
-    outside = codec.encode_into(plan, [key.encode()], views, [target])
-    return target.tobytes(), int(outside[0])
+    encoded = codec.encode_into(plan, [key.encode()], views, [target])
+    page_bytes = int(encoded.page_bytes[0])
+    return target[:page_bytes].tobytes(), int(encoded.nonfinite_groups[0])
 
 
 def native_decode(

@@ -56,10 +56,12 @@ def could_have_been_written(encoded: EncodedPage) -> bool:
         len(header.key.encode()),
         [Extension(e.type, e.data) for e in header.extensions],
     )
-    finished = bytearray(plan.finished_header(header.key, header.checksums))
+    finished = bytearray(
+        plan.finished_header(header.key, header.checksums, header.stored_bytes)
+    )
     written = encoded.data[: header.header_bytes]
     finished[10:12], finished[28:32] = written[10:12], written[28:32]  # minor, optional flags
-    return bytes(finished[:-8]) == bytes(written[:-8]) and plan.page_bytes == len(encoded.data)
+    return bytes(finished[:-8]) == bytes(written[:-8]) and header.page_bytes == len(encoded.data)
 
 
 def in_batches(

@@ -115,14 +115,14 @@ def test_native_encoder_writes_the_bytes_of_the_reference(
     slack = data.draw(st.sampled_from([0, 1, 64]))
     for codec, fill in zip(codecs, (0xA5, 0x00), strict=True):
         targets = [np.full(plan.page_bytes + slack, fill, np.uint8) for _ in KEYS]
-        outside = codec.encode_into(plan, [key.encode() for key in KEYS], pages.views, targets)
+        encoded = codec.encode_into(plan, [key.encode() for key in KEYS], pages.views, targets)
         for index, key in enumerate(KEYS):
             rows = page_rows(pages, index)
             assert targets[index][: plan.page_bytes].tobytes() == bytes(
                 encode_page(plan, key, rows)
             )
             assert (targets[index][plan.page_bytes :] == fill).all()
-            assert outside[index] == outside_groups(plan, rows)
+            assert encoded.nonfinite_groups[index] == outside_groups(plan, rows)
     assert (pages.memory == before).all()
 
 

@@ -205,7 +205,7 @@ class _Bench:
         self.threads = block.threads
         self.workers = _Workers(block.threads, self._encode_all)
         # No stream writes over the encoded pages.
-        raw, page = layout.raw_bytes, self.plan.page_bytes
+        raw, page = layout.raw_bytes, int(self.page_bytes)
         self.cases = {
             ("memcpy", ""): self._traffic(MEMCPY, memory.source, raw, memory.decoded, raw),
             ("stream", "encode"): self._traffic(STREAM, memory.source, raw, memory.streamed, page),
@@ -216,7 +216,10 @@ class _Bench:
             self.cases[isa, "decode"] = _Case(self._timed(isa, self._decode))
 
     def _encode_all(self, codec: Codec) -> None:
-        codec.encode_into(self.plan, self.keys, self.source, self.slots)
+        encoded = codec.encode_into(self.plan, self.keys, self.source, self.slots)
+        sizes = encoded.page_bytes.tolist()
+        self.pages = [slot[:size] for slot, size in zip(self.slots, sizes, strict=True)]
+        self.page_bytes = sum(sizes) / len(sizes)
 
     def _traffic(
         self,
@@ -253,7 +256,7 @@ class _Bench:
         pages = self.memory.pages_of(chunk)
         part = slice(pages.start, pages.stop)
         errors = self.workers.codec.decode_into(
-            self.namespace, self.plan, self.keys[part], self.slots[part], self.decoded.select(part)
+            self.namespace, self.plan, self.keys[part], self.pages[part], self.decoded.select(part)
         )
         for error in errors:
             if error is not None:
@@ -320,7 +323,7 @@ def _row(bench: _Bench, block: Block, isa: str, op: str) -> Row:
         threads=threads,
         op=op,
         layout=block.layout,
-        raw_to_encoded=bench.memory.layout.raw_bytes / bench.plan.page_bytes,
+        raw_to_encoded=bench.memory.layout.raw_bytes / bench.page_bytes,
         gb_per_s=raw_bytes / float(np.median(seconds)) / 1e9,
         gb_per_s_wall=raw_bytes / float(np.median(wall)) / 1e9,
         memcpy_gb_per_s=rates[0],

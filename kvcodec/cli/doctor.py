@@ -190,8 +190,9 @@ def _encoded(
 ) -> npt.NDArray[np.uint8]:
     plan = PagePlan.build(namespace, spec.section_codecs(namespace.layout), len(key))
     page = np.zeros(plan.page_bytes, np.uint8)
-    codec.encode_into(plan, [key], PageViews.of_arrays(namespace.layout, rows), [page])
-    return page
+    views = PageViews.of_arrays(namespace.layout, rows)
+    encoded = codec.encode_into(plan, [key], views, [page])
+    return page[: int(encoded.page_bytes[0])]
 
 
 def _backends() -> Check:

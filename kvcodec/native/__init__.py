@@ -8,7 +8,7 @@ keys.
 from __future__ import annotations
 
 from kvcodec.native._library import available_isas, checksum, isa, section_bytes, set_isa
-from kvcodec.native._plan import Plan, Section, StreamRows
+from kvcodec.native._plan import Plan, RotaryPairs, Section, StreamRows
 from kvcodec.native._pool import Batch, Pool
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "BAD_LENGTH",
     "BAD_PADDING",
     "BAD_SECTION_CHECKSUM",
+    "BAD_STREAM",
     "CANCELLED",
     "DECODE",
     "ENCODE",
@@ -26,6 +27,7 @@ __all__ = [
     "Batch",
     "Plan",
     "Pool",
+    "RotaryPairs",
     "Section",
     "StreamRows",
     "available_isas",
@@ -46,3 +48,4 @@ BAD_LENGTH = 4
 BAD_PADDING = 5
 CANCELLED = 6
 OUT_OF_MEMORY = 7
+BAD_STREAM = 8

@@ -34,7 +34,7 @@ __all__ = [
     "set_isa",
 ]
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 DONE, PENDING = 0, 1
 NO_MEMORY = -2
@@ -61,6 +61,7 @@ SECTION = np.dtype(
         ("offset", "<u8"),
         ("stored_bytes", "<u8"),
         ("checksum_offset", "<u8"),
+        ("size_offset", "<u8"),
     ]
 )
 PAGE = np.dtype(
@@ -74,7 +75,7 @@ PAGE = np.dtype(
         ("nonfinite_groups", "<u8"),
     ]
 )
-assert (STREAM.itemsize, SECTION.itemsize, PAGE.itemsize) == (48, 32, 72)
+assert (STREAM.itemsize, SECTION.itemsize, PAGE.itemsize) == (48, 40, 72)
 
 
 class PlanStructure(ctypes.Structure):
@@ -90,15 +91,26 @@ class PlanStructure(ctypes.Structure):
         ("header_bytes", ctypes.c_uint32),
         ("key_offset", ctypes.c_uint32),
         ("key_bytes", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint32),
+        ("size_offset", ctypes.c_uint32),
         ("page_bytes", ctypes.c_uint64),
         ("header", ctypes.c_void_p),
         ("streams", ctypes.c_void_p),
         ("sections", ctypes.c_void_p),
+        ("rotary", ctypes.c_void_p),
     ]
 
 
-assert ctypes.sizeof(PlanStructure) == 72
+class RotaryStructure(ctypes.Structure):
+    """`kvc_rotary`."""
+
+    _fields_ = [
+        ("size", ctypes.c_uint32),
+        ("interleaved", ctypes.c_uint32),
+        ("table", ctypes.c_void_p),
+    ]
+
+
+assert (ctypes.sizeof(PlanStructure), ctypes.sizeof(RotaryStructure)) == (80, 16)
 
 
 class Library:
@@ -219,7 +231,9 @@ def section_bytes(
     channel: bool = False,
     group_size: int = 0,
 ) -> int:
-    """Exact stored bytes of one section, without its padding; 0 if the combination is not valid."""
+    """Exact stored bytes of one section, for a coded one the most it may take, without its padding;
+    0 if the combination is not valid.
+    """
     options = asymmetric | channel << 1
     numbers = (dtype, head_count, token_count, head_size, kind, bits, options, group_size)
     if not all(0 <= number < 1 << 32 for number in numbers):

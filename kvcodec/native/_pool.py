@@ -106,6 +106,11 @@ class Batch:
         return self._results()["section"].astype(np.uint32)
 
     @property
+    def encoded_bytes(self) -> npt.NDArray[np.uint64]:
+        """Length of each encoded page."""
+        return self._results()["encoded_bytes"].astype(np.uint64)
+
+    @property
     def nonfinite_groups(self) -> npt.NDArray[np.uint64]:
         """Groups outside the codec's domain, per encoded page; they decode to NaN."""
         return self._results()["nonfinite_groups"].astype(np.uint64)

@@ -103,7 +103,8 @@ bool has_f16c() {
 }  // namespace
 
 const Kernels* avx2_kernels() {
-  static const Kernels kernels = {"avx2", encode_section, decode_section, copy_out, checksum};
+  static const Kernels kernels = {"avx2", encode_section, decode_section, copy_out, checksum,
+                                  kScalarKernels.encode_coded, kScalarKernels.decode_coded};
   const bool available = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                          __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
                          has_f16c();

@@ -94,7 +94,8 @@ uint64_t checksum(const void* data, size_t bytes) { return XXH3_64bits(data, byt
 namespace kvc {
 
 const Kernels* avx512_kernels() {
-  static const Kernels kernels = {"avx512", encode_section, decode_section, copy_out, checksum};
+  static const Kernels kernels = {"avx512", encode_section, decode_section, copy_out, checksum,
+                                  kScalarKernels.encode_coded, kScalarKernels.decode_coded};
   const bool available = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   return available ? &kernels : nullptr;

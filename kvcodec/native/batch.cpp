@@ -16,8 +16,9 @@
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
               "the page format is little-endian, and so are the kernels");
-static_assert(sizeof(kvc_stream) == 48 && sizeof(kvc_section) == 32, "part of the ABI");
-static_assert(sizeof(kvc_plan) == 72 && sizeof(kvc_page) == 72, "part of the ABI");
+static_assert(sizeof(kvc_stream) == 48 && sizeof(kvc_section) == 40, "part of the ABI");
+static_assert(sizeof(kvc_plan) == 80 && sizeof(kvc_page) == 72, "part of the ABI");
+static_assert(sizeof(kvc_rotary) == 16, "part of the ABI");
 
 namespace kvc {
 namespace {
@@ -25,6 +26,8 @@ namespace {
 constexpr uint32_t kMaxLayers = 1024;
 constexpr uint32_t kMaxHeaderBytes = 1u << 18;
 constexpr uint64_t kChecksumBytes = 8;
+constexpr uint64_t kPageSizeBytes = 8;
+constexpr uint64_t kSectionSizeBytes = 4;
 constexpr size_t kMaxPages = size_t{1} << 32;
 // Raw bytes of one item: long enough that handing it out costs nothing, short enough that a few
 // pages keep every worker busy.
@@ -38,6 +41,20 @@ uint64_t load64(const uint8_t* source) {
 }
 
 void store64(uint8_t* target, uint64_t value) { std::memcpy(target, &value, sizeof value); }
+
+uint32_t load32(const uint8_t* source) {
+  uint32_t value;
+  std::memcpy(&value, source, sizeof value);
+  return value;
+}
+
+void store32(uint8_t* target, uint32_t value) { std::memcpy(target, &value, sizeof value); }
+
+// How a coded section that gains nothing is stored.
+SectionCodec raw_codec(const SectionCodec& codec) {
+  const uint8_t bits = codec.dtype == KVC_FP32 ? 32 : 16;
+  return {codec.dtype, KVC_KIND_RAW, bits, false, false, 0};
+}
 
 // Adds |stride| * (count - 1) to `*extent`; false if that leaves the range of addresses.
 bool add_extent(int64_t stride, uint64_t count, uint64_t* extent) {
@@ -124,7 +141,7 @@ int kvc_batch::make(int operation, const kvc_plan& plan, kvc_page* pages, size_t
 }
 
 bool kvc_batch::take_plan(const kvc_plan& plan) {
-  if (plan.abi_version != KVC_ABI_VERSION || plan.reserved != 0 || plan.header == nullptr ||
+  if (plan.abi_version != KVC_ABI_VERSION || plan.header == nullptr ||
       plan.streams == nullptr || plan.sections == nullptr) {
     return false;
   }
@@ -139,6 +156,14 @@ bool kvc_batch::take_plan(const kvc_plan& plan) {
     return false;
   }
   plan_ = plan;
+  if (plan.rotary != nullptr) {
+    rotary_ = *plan.rotary;
+    plan_.rotary = &rotary_;
+    if (rotary_.size == 0 || rotary_.size % 2 != 0 || rotary_.interleaved > 1 ||
+        rotary_.table == nullptr) {
+      return false;
+    }
+  }
   streams_.assign(plan.streams, plan.streams + plan.stream_count);
   for (kvc_stream& stream : streams_) {
     // The limits of head_count, head_size and token_count are those of kvc_section_bytes.
@@ -154,7 +179,8 @@ bool kvc_batch::take_plan(const kvc_plan& plan) {
 bool kvc_batch::take_sections(const kvc_plan& plan) {
   sections_.reserve(plan.section_count);
   uint64_t offset = plan.header_bytes;
-  uint64_t chunk_bytes = kChunkBytes;
+  uint64_t chunk_bytes = 0;
+  bool any_coded = false;
   for (uint32_t index = 0; index < plan.section_count; ++index) {
     const kvc_section& section = plan.sections[index];
     const uint32_t stream_index = index % plan.stream_count;
@@ -162,11 +188,15 @@ bool kvc_batch::take_sections(const kvc_plan& plan) {
     const uint64_t stored =
         kvc_section_bytes(plan.dtype, stream.head_count, plan.token_count, stream.head_size,
                           section.kind, section.bits, section.options, section.group_size);
+    const bool coded = is_coded(section.kind);
     if (section.reserved != 0 || stored == 0 || section.stored_bytes != stored ||
         section.offset != offset ||
-        section.checksum_offset > plan.header_bytes - 2 * kChecksumBytes) {
+        section.checksum_offset > plan.header_bytes - 2 * kChecksumBytes ||
+        (section.size_offset != 0) != coded ||
+        section.size_offset > plan.header_bytes - kChecksumBytes - kSectionSizeBytes) {
       return false;
     }
+    any_coded |= coded;
     const SectionCodec codec{static_cast<uint8_t>(plan.dtype),
                              section.kind,
                              section.bits,
@@ -174,9 +204,10 @@ bool kvc_batch::take_sections(const kvc_plan& plan) {
                              (section.options & KVC_OPTION_CHANNEL) != 0,
                              section.group_size};
     sections_.push_back({codec, stream_index, stream.layer_stride * (index / plan.stream_count),
-                         offset, stored, section.checksum_offset});
+                         offset, stored, section.checksum_offset, section.size_offset});
     offset += pad64(stored);
-    if (chunk_bytes >= kChunkBytes) {
+    // Where a section begins is known when those before it are encoded: one worker does them all.
+    if (index == 0 || (chunk_bytes >= kChunkBytes && !(any_coded && operation_ == KVC_ENCODE))) {
       chunk_starts_.push_back(index);
       chunk_bytes = 0;
     }
@@ -184,17 +215,21 @@ bool kvc_batch::take_sections(const kvc_plan& plan) {
         uint64_t{stream.head_count} * plan.token_count * stream.head_size * sizeof(uint16_t);
   }
   chunk_starts_.push_back(plan.section_count);
-  return offset == plan.page_bytes;
+  return offset == plan.page_bytes && (plan.size_offset != 0) == any_coded &&
+         plan.size_offset <= plan.header_bytes - kChecksumBytes - kPageSizeBytes;
 }
 
-// The header without the key and the checksums. They may not overlap: each is written by another
-// hand.
+// The header without the key, the checksums and the sizes that differ. They may not overlap: each is
+// written by another hand.
 bool kvc_batch::take_spans() {
   std::vector<Span> holes;
-  holes.reserve(sections_.size() + 2);
+  holes.reserve(2 * sections_.size() + 3);
   for (const PlannedSection& section : sections_) {
     holes.push_back({static_cast<uint32_t>(section.checksum_offset), kChecksumBytes});
+    if (section.size_offset != 0)
+      holes.push_back({static_cast<uint32_t>(section.size_offset), kSectionSizeBytes});
   }
+  if (plan_.size_offset != 0) holes.push_back({plan_.size_offset, kPageSizeBytes});
   holes.push_back({plan_.key_offset, plan_.key_bytes});
   holes.push_back({static_cast<uint32_t>(plan_.header_bytes - kChecksumBytes), kChecksumBytes});
   std::sort(holes.begin(), holes.end(),
@@ -270,18 +305,27 @@ void kvc_batch::run_chunk(size_t page_index, size_t chunk, Scratch& scratch) {
   if (cancelled_.load(std::memory_order_relaxed))
     return record_failure(state, first, KVC_CANCELLED);
   if (const int status = begin_page(page, state)) return record_failure(state, 0, status);
+  uint64_t offset = plan_.header_bytes;
+  if (operation_ != KVC_ENCODE && !find_from_start(page, first, &offset))
+    return record_failure(state, first, KVC_BAD_STREAM);
   for (uint32_t section = first; section < end && !failed_before(state, section); ++section) {
-    const int status = operation_ == KVC_ENCODE ? encode(page, state, section, end, scratch)
-                                                : decode(page, section);
+    const int status = operation_ == KVC_ENCODE
+                           ? encode(page, state, section, end, &offset, scratch)
+                           : decode(page, section, &offset, scratch);
     if (status != KVC_OK) return record_failure(state, section, status);
   }
+  if (operation_ == KVC_ENCODE && plan_.size_offset != 0)
+    store64(page.encoded + plan_.size_offset, offset);
 }
 
 // What has to hold before a section of the page is touched.
 int kvc_batch::begin_page(const kvc_page& page, PageState& state) const {
   if (operation_ == KVC_ENCODE)
     return page.encoded_bytes < plan_.page_bytes ? KVC_BAD_LENGTH : KVC_OK;
-  if (page.encoded_bytes != plan_.page_bytes) return KVC_BAD_LENGTH;
+  if (plan_.size_offset == 0 ? page.encoded_bytes != plan_.page_bytes
+                             : page.encoded_bytes < plan_.header_bytes) {
+    return KVC_BAD_LENGTH;
+  }
   // Workers that begin a page at the same time each look for themselves, and find the same.
   if (state.header_verified.load(std::memory_order_relaxed)) return KVC_OK;
   const int status = compare_header(page);
@@ -297,13 +341,44 @@ int kvc_batch::compare_header(const kvc_page& page) const {
   if (std::memcmp(page.encoded + plan_.key_offset, page.key, plan_.key_bytes) != 0)
     return KVC_HEADER_DIFFERS;
   const size_t covered = plan_.header_bytes - kChecksumBytes;
-  const bool right = kernels_->checksum(page.encoded, covered) == load64(page.encoded + covered);
-  return right ? KVC_OK : KVC_BAD_HEADER_CHECKSUM;
+  if (kernels_->checksum(page.encoded, covered) != load64(page.encoded + covered))
+    return KVC_BAD_HEADER_CHECKSUM;
+  if (plan_.size_offset == 0) return KVC_OK;
+  uint64_t end;
+  const bool fits = find_from_start(page, plan_.section_count, &end) && end == page.encoded_bytes &&
+                    end == load64(page.encoded + plan_.size_offset);
+  return fits ? KVC_OK : KVC_BAD_LENGTH;
+}
+
+// A section of a page that is read, given where it begins; false: it leaves the page. The sizes are
+// read from the page each time, and whoever shares its memory may change them meanwhile.
+bool kvc_batch::find(const kvc_page& page, uint32_t index, uint64_t offset, Place* place) const {
+  const PlannedSection& section = sections_[index];
+  const uint64_t stored = section.size_offset != 0 ? load32(page.encoded + section.size_offset)
+                                                   : section.stored_bytes;
+  *place = {offset, stored};
+  return stored != 0 && stored <= section.stored_bytes &&
+         offset + pad64(stored) <= page.encoded_bytes;
+}
+
+bool kvc_batch::find_from_start(const kvc_page& page, uint32_t section, uint64_t* offset) const {
+  if (plan_.size_offset == 0) {
+    *offset = section < plan_.section_count ? sections_[section].offset : plan_.page_bytes;
+    return true;
+  }
+  *offset = plan_.header_bytes;
+  for (uint32_t index = 0; index < section; ++index) {
+    Place place;
+    if (!find(page, index, *offset, &place)) return false;
+    *offset += pad64(place.stored_bytes);
+  }
+  return true;
 }
 
 Rows kvc_batch::rows_of(const kvc_page& page, const PlannedSection& section) const {
   const kvc_stream& stream = streams_[section.stream];
-  return {page.base[section.stream] + section.layer_offset,
+  uint8_t* base = page.base[section.stream];
+  return {operation_ == KVC_VERIFY ? nullptr : base + section.layer_offset,
           stream.head_count,
           plan_.token_count,
           stream.head_size,
@@ -313,34 +388,70 @@ Rows kvc_batch::rows_of(const kvc_page& page, const PlannedSection& section) con
           stream.token_stride};
 }
 
-int kvc_batch::encode(const kvc_page& page, PageState& state, uint32_t index, uint32_t end,
-                      Scratch& scratch) const {
+// Encodes a section into scratch, padded; its stored bytes, or 0 without memory.
+size_t kvc_batch::encode_rows(const kvc_page& page, PageState& state, uint32_t index, uint32_t end,
+                              Scratch& scratch, uint8_t** out) const {
   const PlannedSection& section = sections_[index];
-  const size_t bytes = pad64(section.stored_bytes);
-  uint8_t* out = scratch.at_least(bytes);
-  if (out == nullptr) return KVC_OUT_OF_MEMORY;
+  const size_t room = pad64(section.stored_bytes);
+  const bool coded = section.size_offset != 0;
+  *out = scratch.at_least(room + (coded ? kCodedScratchBytes : 0));
+  if (*out == nullptr) return 0;
   const Rows rows = rows_of(page, section);
+  if (coded) {
+    const size_t stored =
+        kernels_->encode_coded(section.codec, rows, plan_.rotary, *out + room, *out);
+    if (stored != 0) return stored;
+    kernels_->encode_section(raw_codec(section.codec), rows, nullptr, *out);
+    return section.stored_bytes;
+  }
   uint64_t outside;
   if (index + 1 < end) {
     const Rows next_rows = rows_of(page, sections_[index + 1]);
-    outside = kernels_->encode_section(section.codec, rows, &next_rows, out);
+    outside = kernels_->encode_section(section.codec, rows, &next_rows, *out);
   } else {
-    outside = kernels_->encode_section(section.codec, rows, nullptr, out);
+    outside = kernels_->encode_section(section.codec, rows, nullptr, *out);
   }
   if (outside != 0) state.nonfinite_groups.fetch_add(outside, std::memory_order_relaxed);
-  store64(page.encoded + section.checksum_offset, kernels_->checksum(out, bytes));
-  kernels_->copy_out(page.encoded + section.offset, out, bytes);
+  return section.stored_bytes;
+}
+
+int kvc_batch::encode(const kvc_page& page, PageState& state, uint32_t index, uint32_t end,
+                      uint64_t* offset, Scratch& scratch) const {
+  const PlannedSection& section = sections_[index];
+  uint8_t* out;
+  const size_t stored = encode_rows(page, state, index, end, scratch, &out);
+  if (stored == 0) return KVC_OUT_OF_MEMORY;
+  if (plan_.size_offset == 0) *offset = section.offset;
+  if (section.size_offset != 0)
+    store32(page.encoded + section.size_offset, static_cast<uint32_t>(stored));
+  store64(page.encoded + section.checksum_offset, kernels_->checksum(out, pad64(stored)));
+  kernels_->copy_out(page.encoded + *offset, out, pad64(stored));
+  *offset += pad64(stored);
   return KVC_OK;
 }
 
-int kvc_batch::decode(const kvc_page& page, uint32_t index) const {
+int kvc_batch::decode(const kvc_page& page, uint32_t index, uint64_t* offset,
+                      Scratch& scratch) const {
   const PlannedSection& section = sections_[index];
-  const uint8_t* in = page.encoded + section.offset;
-  const size_t bytes = pad64(section.stored_bytes);
+  Place place;
+  if (!find(page, index, *offset, &place)) return KVC_BAD_STREAM;
+  const uint8_t* in = page.encoded + place.offset;
+  const size_t bytes = pad64(place.stored_bytes);
+  *offset += bytes;
   if (kernels_->checksum(in, bytes) != load64(page.encoded + section.checksum_offset))
     return KVC_BAD_SECTION_CHECKSUM;
-  if (!all_zero(in + section.stored_bytes, bytes - section.stored_bytes)) return KVC_BAD_PADDING;
-  if (operation_ == KVC_DECODE) kernels_->decode_section(section.codec, in, rows_of(page, section));
+  if (!all_zero(in + place.stored_bytes, bytes - place.stored_bytes)) return KVC_BAD_PADDING;
+  const Rows rows = rows_of(page, section);
+  if (section.size_offset != 0 && place.stored_bytes < section.stored_bytes) {
+    uint8_t* work = scratch.at_least(kCodedScratchBytes);
+    if (work == nullptr) return KVC_OUT_OF_MEMORY;
+    const bool sound = kernels_->decode_coded(section.codec, in, place.stored_bytes, rows,
+                                              plan_.rotary, work);
+    return sound ? KVC_OK : KVC_BAD_STREAM;
+  }
+  if (operation_ != KVC_DECODE) return KVC_OK;
+  const bool raw = section.size_offset != 0;
+  kernels_->decode_section(raw ? raw_codec(section.codec) : section.codec, in, rows);
   return KVC_OK;
 }
 
@@ -358,7 +469,11 @@ void kvc_batch::finish_page(size_t page_index) {
   kvc_page& page = pages_[page_index];
   const PageState& state = states_[page_index];
   const uint64_t failure = state.failure.load(std::memory_order_relaxed);
-  if (operation_ == KVC_ENCODE && failure == kNoFailure) finish_header(page);
+  if (operation_ == KVC_ENCODE && failure == kNoFailure) {
+    finish_header(page);
+    page.encoded_bytes = plan_.size_offset != 0 ? load64(page.encoded + plan_.size_offset)
+                                                : plan_.page_bytes;
+  }
   page.status = failure == kNoFailure ? KVC_OK : static_cast<int32_t>(failure & 0xFF);
   page.section = failure == kNoFailure ? 0 : static_cast<uint32_t>(failure >> 8);
   page.nonfinite_groups = state.nonfinite_groups.load(std::memory_order_relaxed);

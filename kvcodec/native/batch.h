@@ -36,9 +36,16 @@ struct PlannedSection {
   SectionCodec codec;
   uint32_t stream;
   int64_t layer_offset;  // from the stream's base to this layer
+  uint64_t offset;        // behind coded sections: at most
+  uint64_t stored_bytes;  // coded: at most
+  uint64_t checksum_offset;
+  uint64_t size_offset;
+};
+
+// Where a section lies in one page.
+struct Place {
   uint64_t offset;
   uint64_t stored_bytes;
-  uint64_t checksum_offset;
 };
 
 // Bytes of the header that every page of a batch has in common with the template.
@@ -90,9 +97,13 @@ struct kvc_batch {
   void run_chunk(size_t page_index, size_t chunk, kvc::Scratch& scratch);
   int begin_page(const kvc_page& page, kvc::PageState& state) const;
   int compare_header(const kvc_page& page) const;
+  bool find(const kvc_page& page, uint32_t section, uint64_t offset, kvc::Place* place) const;
+  bool find_from_start(const kvc_page& page, uint32_t section, uint64_t* offset) const;
   int encode(const kvc_page& page, kvc::PageState& state, uint32_t section, uint32_t end,
-             kvc::Scratch& scratch) const;
-  int decode(const kvc_page& page, uint32_t section) const;
+             uint64_t* offset, kvc::Scratch& scratch) const;
+  int decode(const kvc_page& page, uint32_t section, uint64_t* offset, kvc::Scratch& scratch) const;
+  size_t encode_rows(const kvc_page& page, kvc::PageState& state, uint32_t section, uint32_t end,
+                     kvc::Scratch& scratch, uint8_t** out) const;
   kvc::Rows rows_of(const kvc_page& page, const kvc::PlannedSection& section) const;
   void finish_header(const kvc_page& page) const;
   void finish_page(size_t page_index);
@@ -100,6 +111,7 @@ struct kvc_batch {
   int operation_ = 0;
   const kvc::Kernels* kernels_ = nullptr;
   kvc_plan plan_{};
+  kvc_rotary rotary_{};
   kvc_page* pages_ = nullptr;
   size_t page_count_ = 0;
   std::vector<kvc_stream> streams_;

@@ -36,7 +36,7 @@ const Kernels* find_table(const char* name) {
 
 // Stands for "the environment names an instruction set that is not there". It is not replaced by
 // another one in silence: whoever forces a path wants to know that it is not the one that ran.
-constexpr Kernels kNoKernels{"", nullptr, nullptr, nullptr, nullptr};
+constexpr Kernels kNoKernels{"", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
 
 std::atomic<const Kernels*> current{nullptr};
 

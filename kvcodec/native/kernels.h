@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kvcodec.h"
+
 namespace kvc {
 
 // The rows of one section in host memory; see kvc_stream.
@@ -40,12 +42,26 @@ using EncodeSection = uint64_t (*)(const SectionCodec&, const Rows&, const Rows*
 // Decodes one verified section into its rows. `in` may be unaligned.
 using DecodeSection = void (*)(const SectionCodec&, const uint8_t* in, const Rows&);
 
+// Memory of a worker's own that a coded section may use, 64-byte aligned.
+constexpr size_t kCodedScratchBytes = 512 * 1024;
+
+// Encodes one coded section into `out` (64-byte aligned, as long as the raw section padded). Returns its stored_bytes, with
+// the padding behind them zeroed, or 0 where it would not be smaller than raw or holds values outside the codec's domain.
+using EncodeCoded = size_t (*)(const SectionCodec&, const Rows&, const kvc_rotary*, uint8_t* scratch, uint8_t* out);
+
+// Decodes one coded section, which is not one stored raw. `in` may be unaligned; not a byte outside of `stored_bytes` is
+// read, whatever they say. Without a base the rows are not written: the section is only looked through. False: damage.
+using DecodeCoded = bool (*)(const SectionCodec&, const uint8_t* in, size_t stored_bytes, const Rows&,
+                             const kvc_rotary*, uint8_t* scratch);
+
 struct Kernels {
   const char* name;
   EncodeSection encode_section;
   DecodeSection decode_section;
   void (*copy_out)(uint8_t* target, const uint8_t* source, size_t bytes);  // scratch -> page, past the caches
   uint64_t (*checksum)(const void* data, size_t bytes);                    // XXH3-64
+  EncodeCoded encode_coded;
+  DecodeCoded decode_coded;
 };
 
 extern const Kernels kScalarKernels;
@@ -58,5 +74,6 @@ const Kernels* neon_kernels();
 size_t parameter_bytes(const SectionCodec&, uint32_t head_count, uint32_t token_count, uint32_t head_size);
 size_t code_bytes(const SectionCodec&, uint32_t head_count, uint32_t token_count, uint32_t head_size);
 inline size_t pad64(size_t n) { return (n + 63) & ~size_t{63}; }
+inline bool is_coded(uint8_t kind) { return kind >= KVC_KIND_ECQ; }
 
 }  // namespace kvc

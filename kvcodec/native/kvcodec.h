@@ -8,7 +8,7 @@
  *  - The memory of a page that failed to decode may have been written in part, except after KVC_HEADER_DIFFERS,
  *    KVC_BAD_HEADER_CHECKSUM and KVC_BAD_LENGTH.
  *  - Structures are versioned by KVC_ABI_VERSION; check kvc_abi_version() once.
- *  - A submitted batch borrows plan, pages, buffers and host memory until kvc_batch_wait() returned KVC_DONE and
+ *  - A submitted batch borrows plan, pages, buffers, the rotary table and host memory until kvc_batch_wait() returned KVC_DONE and
  *    kvc_batch_free() was called. Nothing is copied but the structures themselves.
  *  - No function throws, prints, or calls back. All functions are thread-safe; a batch belongs to one thread.
  *  - After fork() a pool of the parent starts its own workers again at its first use in the child.
@@ -30,12 +30,18 @@ extern "C" {
 #define KVC_EXPORT
 #endif
 
-#define KVC_ABI_VERSION 1u
+#define KVC_ABI_VERSION 2u
 #define KVC_MAX_STREAMS 4u
 
 /* Element types, section kinds and options: the values of the page format. */
 enum { KVC_BF16 = 1, KVC_FP16 = 2, KVC_FP32 = 3, KVC_FP8_E4M3 = 4, KVC_FP8_E5M2 = 5, KVC_U8 = 6 };
-enum { KVC_KIND_RAW = 0, KVC_KIND_INT = 1 };
+enum {
+  KVC_KIND_RAW = 0,
+  KVC_KIND_INT = 1,
+  KVC_KIND_ECQ = 2,      /* this kind and those below are coded: how long a section is depends on the data */
+  KVC_KIND_LOSSLESS = 3,
+  KVC_KIND_BLOCK = 4
+};
 enum { KVC_OPTION_ASYMMETRIC = 1, KVC_OPTION_CHANNEL = 2 };
 
 /* Result of one page. */
@@ -47,7 +53,8 @@ enum {
   KVC_BAD_LENGTH = 4,          /* encoded_bytes is not what the plan says */
   KVC_BAD_PADDING = 5,         /* a padding byte of a section is not zero */
   KVC_CANCELLED = 6,           /* the batch was cancelled before this page was done */
-  KVC_OUT_OF_MEMORY = 7        /* encode: a worker found no memory for a section */
+  KVC_OUT_OF_MEMORY = 7,       /* a worker found no memory for a section */
+  KVC_BAD_STREAM = 8           /* decode: the sizes or the stream of a coded section contradict themselves */
 };
 
 /* Result of a call. */
@@ -74,10 +81,18 @@ typedef struct kvc_section {
   uint8_t options;
   uint8_t reserved;        /* zero */
   uint32_t group_size;
-  uint64_t offset;         /* from the start of the page; multiple of 64 */
-  uint64_t stored_bytes;
+  uint64_t offset;         /* from the start of the page, multiple of 64; if sections before it are coded: at most */
+  uint64_t stored_bytes;   /* coded: at most, which is what it takes raw */
   uint64_t checksum_offset; /* where in the header its 8-byte checksum lies */
+  uint64_t size_offset;    /* coded: where in the header its 4-byte stored_bytes lies; else 0 */
 } kvc_section;
+
+/* Rotary pairs of the keys of a page, for codecs that take the rotation out (proto/FORMAT.md, 3.7). */
+typedef struct kvc_rotary {
+  uint32_t size;         /* rotated elements of a row: even */
+  uint32_t interleaved;  /* 0: element i is paired with i + size/2; 1: 2i with 2i + 1 */
+  const float* table;    /* token_count x size/2 x (cosine, sine) */
+} kvc_rotary;
 
 /* Everything the pages of a batch have in common. */
 typedef struct kvc_plan {
@@ -90,17 +105,18 @@ typedef struct kvc_plan {
   uint32_t header_bytes;   /* multiple of 64; the header checksum is its last 8 bytes */
   uint32_t key_offset;     /* where in the header the key lies */
   uint32_t key_bytes;
-  uint32_t reserved;       /* zero */
-  uint64_t page_bytes;
-  const uint8_t* header;   /* header_bytes bytes: key, checksums as zeros */
+  uint32_t size_offset;    /* a section is coded: where in the header the 8-byte page_bytes lies; else 0 */
+  uint64_t page_bytes;     /* a section is coded: at most */
+  const uint8_t* header;   /* header_bytes bytes: key, checksums, and the sizes of what is coded as zeros */
   const kvc_stream* streams;
   const kvc_section* sections;
+  const kvc_rotary* rotary; /* NULL: unknown */
 } kvc_plan;
 
 /* One page of a batch. */
 typedef struct kvc_page {
   uint8_t* encoded;         /* encode: written; decode: read. 64-byte alignment is faster, not required */
-  uint64_t encoded_bytes;   /* encode: capacity; decode: length */
+  uint64_t encoded_bytes;   /* encode: capacity, afterwards length; decode: length */
   const uint8_t* key;       /* key_bytes bytes */
   uint8_t* base[KVC_MAX_STREAMS]; /* address of row (layer 0, head 0, token 0) of each stream */
   int32_t status;           /* out */
@@ -123,7 +139,7 @@ KVC_EXPORT int kvc_set_isa(const char* name);
 /* XXH3-64, seed 0. */
 KVC_EXPORT uint64_t kvc_checksum(const void* data, size_t bytes);
 
-/* Exact stored bytes of one section, 0 if the combination is not valid. */
+/* Exact stored bytes of one section, for a coded one the most it may take; 0 if the combination is not valid. */
 KVC_EXPORT uint64_t kvc_section_bytes(uint32_t dtype, uint32_t head_count, uint32_t token_count, uint32_t head_size,
                                       uint32_t kind, uint32_t bits, uint32_t options, uint32_t group_size);
 

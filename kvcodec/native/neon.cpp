@@ -346,7 +346,18 @@ void copy_out(uint8_t* target, const uint8_t* source, size_t bytes) {
 // xxhash.h uses NEON by itself wherever the compiler has it.
 uint64_t checksum(const void* data, size_t bytes) { return kScalarKernels.checksum(data, bytes); }
 
-constexpr Kernels kNeonKernels = {"neon", encode_section, decode_section, copy_out, checksum};
+size_t encode_coded(const SectionCodec& codec, const Rows& rows, const kvc_rotary* rotary,
+                    uint8_t* scratch, uint8_t* out) {
+  return kScalarKernels.encode_coded(codec, rows, rotary, scratch, out);
+}
+
+bool decode_coded(const SectionCodec& codec, const uint8_t* in, size_t stored_bytes,
+                  const Rows& rows, const kvc_rotary* rotary, uint8_t* scratch) {
+  return kScalarKernels.decode_coded(codec, in, stored_bytes, rows, rotary, scratch);
+}
+
+constexpr Kernels kNeonKernels = {"neon",   encode_section, decode_section, copy_out,
+                                  checksum, encode_coded,   decode_coded};
 
 }  // namespace
 

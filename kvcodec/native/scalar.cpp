@@ -428,6 +428,15 @@ void copy_out(uint8_t* target, const uint8_t* source, size_t bytes) {
 
 uint64_t checksum(const void* data, size_t bytes) { return XXH3_64bits(data, bytes); }
 
+size_t encode_coded(const SectionCodec&, const Rows&, const kvc_rotary*, uint8_t*, uint8_t*) {
+  return 0;
+}
+
+bool decode_coded(const SectionCodec&, const uint8_t*, size_t, const Rows&, const kvc_rotary*,
+                  uint8_t*) {
+  return false;
+}
+
 // a * b, or a number that no limit lets pass.
 uint64_t saturating_product(uint64_t a, uint64_t b) {
   uint64_t product;
@@ -436,7 +445,8 @@ uint64_t saturating_product(uint64_t a, uint64_t b) {
 
 }  // namespace
 
-const Kernels kScalarKernels = {"scalar", encode_section, decode_section, copy_out, checksum};
+const Kernels kScalarKernels = {"scalar", encode_section, decode_section, copy_out,
+                                checksum, encode_coded,   decode_coded};
 
 size_t parameter_bytes(const SectionCodec& codec, uint32_t head_count, uint32_t token_count,
                        uint32_t head_size) {
@@ -464,6 +474,19 @@ size_t code_bytes(const SectionCodec& codec, uint32_t head_count, uint32_t token
 
 }  // namespace kvc
 
+namespace {
+
+bool coded_is_valid(uint32_t dtype, uint32_t kind, uint32_t bits, uint32_t options,
+                    uint32_t group_size) {
+  constexpr uint32_t kFewestBits = 24;  // sixteenths
+  constexpr uint32_t kMostBits = 112;
+  if (group_size != 0 || (options & ~static_cast<uint32_t>(KVC_OPTION_CHANNEL)) != 0) return false;
+  if (kind == KVC_KIND_ECQ) return dtype <= KVC_FP32 && bits >= kFewestBits && bits <= kMostBits;
+  return (dtype == KVC_BF16 || dtype == KVC_FP16) && bits == 16;
+}
+
+}  // namespace
+
 extern "C" uint64_t kvc_section_bytes(uint32_t dtype, uint32_t head_count, uint32_t token_count,
                                       uint32_t head_size, uint32_t kind, uint32_t bits,
                                       uint32_t options, uint32_t group_size) {
@@ -476,6 +499,7 @@ extern "C" uint64_t kvc_section_bytes(uint32_t dtype, uint32_t head_count, uint3
       token_count > kMaxTokens || head_size == 0 || head_size > kMaxHeadSize) {
     return 0;
   }
+  if (kind > 0xFF) return 0;
   if (kind == KVC_KIND_RAW) {
     if (bits != 8 * bytes || options != 0 || group_size != 0) return 0;
   } else if (kind == KVC_KIND_INT) {
@@ -484,6 +508,9 @@ extern "C" uint64_t kvc_section_bytes(uint32_t dtype, uint32_t head_count, uint3
     if (options > (KVC_OPTION_ASYMMETRIC | KVC_OPTION_CHANNEL) || group_size == 0 ||
         group_size > axis)
       return 0;
+  } else if (kvc::is_coded(static_cast<uint8_t>(kind)) && kind <= KVC_KIND_BLOCK) {
+    if (!coded_is_valid(dtype, kind, bits, options, group_size)) return 0;
+    kind = KVC_KIND_RAW;
   } else {
     return 0;
   }

@@ -132,18 +132,18 @@ class RawPages:
         if buffer is None:
             return None
         views = canonical_views(self.layout, [page], writable=False)
-        used, started = plan, time.perf_counter_ns()
-        step = begin_step("encode")
-        if self._pipeline.codec.encode_into(plan, [data], views, [buffer]).any():
-            used = raw
-            self._pipeline.codec.encode_into(raw, [data], views, [buffer])
+        started, step = time.perf_counter_ns(), begin_step("encode")
+        encoded = self._pipeline.codec.encode_into(plan, [data], views, [buffer])
+        if encoded.nonfinite_groups.any():
+            encoded = self._pipeline.codec.encode_into(raw, [data], views, [buffer])
         self._count("encode", _codecs_of(self.layout, buffer), started)
         if step is not None:
             step.end(pages=1, byte_count=len(page))
-        source = buffer.data[: used.page_bytes]
+        page_bytes = int(encoded.page_bytes[0])
+        source = buffer.data[:page_bytes]
         name = self.namespace.object_name(data.decode())
         release = partial(self._pipeline.buffers.release, buffer)
-        return used.page_bytes, self._calls.put([name], [source], _left(deadline), release)
+        return page_bytes, self._calls.put([name], [source], _left(deadline), release)
 
     def _get_group(
         self, keys: Sequence[str], targets: Sequence[memoryview], deadline: float

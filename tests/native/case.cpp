@@ -88,7 +88,8 @@ void finish_plan(Random& random, Case& made) {
                offset,
                made.header.data(),
                made.streams.data(),
-               made.sections.data()};
+               made.sections.data(),
+               nullptr};
 }
 
 uint16_t fp16_near(float value) {

@@ -1,0 +1,162 @@
+"""How one stream of one layer is encoded: a frozen value with a canonical text form."""
+
+from __future__ import annotations
+
+import enum
+import re
+from dataclasses import dataclass, replace
+
+from kvcodec.errors import ConfigError
+from kvcodec.layout import MAX_HEAD_SIZE
+
+__all__ = ["ECQ_BITS", "RAW", "Axis", "Kind", "SectionCodec"]
+
+
+class Kind(enum.IntEnum):
+    """Kinds of section; the values are those of the page format."""
+
+    RAW = 0
+    INT = 1
+    ECQ = 2  #: entropy-coded trellis quantization
+    LOSSLESS = 3  #: entropy-coded exponents
+    BLOCK = 4  #: exponents by block: lossless, larger and faster
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether the size of a section depends on its data."""
+        return self >= Kind.ECQ
+
+
+class Axis(enum.IntEnum):
+    """Along what a group of elements runs; the values are KVTuner's `axis_key` and `axis_value`."""
+
+    TOKEN = 0  #: elements of one token's row
+    CHANNEL = 1  #: tokens of one channel
+
+
+#: Bits of an `ecq` section are counted in sixteenths.
+ECQ_BITS = range(24, 113)
+
+_CODEC_TEXT = re.compile(r"int([248])(-channel)?(-asym)?(?:-g([1-9]\d{0,9}))?", re.ASCII)
+_CODED_TEXT = re.compile(
+    r"(?:ecq-(\d(?:\.\d{1,4})?)|lossless|(lossless-fast))(-channel)?", re.ASCII
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SectionCodec:
+    """How one stream of one layer is encoded.
+
+    `group_size` elements share a scale; -1 is the whole row (or, per channel, all tokens of the
+    page). A group never leaves its row or its page, so a larger number means the same as -1. The
+    bits of `ecq` are nominal, what it takes for Gaussian data, in sixteenths.
+    """
+
+    kind: Kind = Kind.RAW
+    bits: int = 0
+    asymmetric: bool = False
+    axis: Axis = Axis.TOKEN
+    group_size: int = -1
+
+    def __post_init__(self) -> None:
+        if self.kind is Kind.RAW:
+            if (self.bits, self.asymmetric, self.axis, self.group_size) != (
+                0,
+                False,
+                Axis.TOKEN,
+                -1,
+            ):
+                raise ConfigError("a raw section has no bits, symmetry, axis or group")
+            return
+        if self.kind.is_coded:
+            if self.asymmetric or self.group_size != -1:
+                raise ConfigError(f"a {self.text} section has no symmetry and no group")
+            if self.bits not in (ECQ_BITS if self.kind is Kind.ECQ else (0,)):
+                raise ConfigError(
+                    f"{self.bits / 16} bits; ecq takes {ECQ_BITS[0] / 16} to {ECQ_BITS[-1] / 16}, "
+                    "and lossless takes none"
+                )
+            return
+        if self.bits not in (2, 4, 8):
+            raise ConfigError(
+                f"int codec with {self.bits} bits; allowed are 2, 4 and 8 (16 is raw)"
+            )
+        if self.group_size != -1 and not 1 <= self.group_size <= MAX_HEAD_SIZE:
+            raise ConfigError(
+                f"group size {self.group_size}; allowed is 1 to {MAX_HEAD_SIZE}, or -1 for the "
+                "whole row"
+            )
+
+    @classmethod
+    def integer(
+        cls, bits: int, *, asymmetric: bool = False, axis: Axis = Axis.TOKEN, group_size: int = -1
+    ) -> SectionCodec:
+        """An int codec of 2, 4 or 8 bits."""
+        return cls(Kind.INT, bits, asymmetric, axis, group_size)
+
+    @classmethod
+    def parse(cls, text: str) -> SectionCodec:
+        """``raw``, ``int8-g128``, ``int4-channel-asym``, ``ecq-3``, ``lossless-channel``,
+        ``lossless-fast``: inverse of `text`.
+        """
+        if text == "raw":
+            return cls()
+        coded = _CODED_TEXT.fullmatch(text)
+        if coded is not None:
+            bits, fast, channel = coded.groups()
+            kind = Kind.ECQ if bits else Kind.BLOCK if fast else Kind.LOSSLESS
+            sixteenths = 16 * float(bits or 0)
+            if sixteenths != int(sixteenths):
+                raise ConfigError(f"codec {text!r}; bits are a multiple of 1/16")
+            axis = Axis.CHANNEL if channel else Axis.TOKEN
+            return cls(kind, int(sixteenths), axis=axis)
+        match = _CODEC_TEXT.fullmatch(text)
+        if match is None:
+            raise ConfigError(
+                f"codec {text!r}; wanted raw, int{{2,4,8}}[-channel][-asym][-gN], "
+                f"ecq-BITS[-channel], lossless[-channel] or lossless-fast[-channel], "
+                f"such as int4-g64 or ecq-3-channel"
+            )
+        bits, channel, asym, group = match.groups()
+        return cls.integer(
+            int(bits),
+            asymmetric=asym is not None,
+            axis=Axis.CHANNEL if channel else Axis.TOKEN,
+            group_size=int(group) if group else -1,
+        )
+
+    @property
+    def text(self) -> str:
+        """Canonical name."""
+        if self.kind is Kind.RAW:
+            return "raw"
+        channel = "-channel" if self.axis is Axis.CHANNEL else ""
+        if self.kind is Kind.ECQ:
+            return f"ecq-{self.bits / 16:g}{channel}"
+        if self.kind.is_coded:
+            return ("lossless" if self.kind is Kind.LOSSLESS else "lossless-fast") + channel
+        return (
+            f"int{self.bits}"
+            + channel
+            + ("-asym" if self.asymmetric else "")
+            + (f"-g{self.group_size}" if self.group_size > 0 else "")
+        )
+
+    @property
+    def nominal_bits(self) -> float | None:
+        """Bits per element without metadata; None where nothing is lost."""
+        if self.kind is Kind.INT:
+            return self.bits
+        return self.bits / 16 if self.kind is Kind.ECQ else None
+
+    def resolved(self, head_size: int, token_count: int) -> SectionCodec:
+        """The same codec with the true number of elements in a group, as it stands in a page."""
+        if self.kind is not Kind.INT:
+            return self
+        length = token_count if self.axis is Axis.CHANNEL else head_size
+        return replace(
+            self, group_size=length if self.group_size == -1 else min(self.group_size, length)
+        )
+
+
+RAW = SectionCodec()
