@@ -5,6 +5,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet
+# Two workers, each with whole files: fixtures of a module start real servers. PYTEST_ARGS="-n 0"
+# runs all in one process, as a debugger wants it.
+PYTEST := $(BIN)/pytest -q -n 2 --dist loadfile
 PYTEST_ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -43,7 +46,7 @@ demo-sidecar: $(SGLANG)  ## the same, with a sidecar between the engine and the 
 	$(BIN)/python tools/demo.py --backend sidecar
 
 test: $(SGLANG) $(STORES) lint types  ## everything CI checks: lint, types, import contracts, tests
-	$(BIN)/pytest -q $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 check:  ## what CI runs: demo, native-test, test
 	.ci/run
@@ -55,17 +58,25 @@ types: $(INSTALLED)  ## mypy, strict, on the four packages
 	$(BIN)/mypy
 
 pytest: $(INSTALLED)  ## the tests alone; PYTEST_ARGS="-k layout"
-	$(BIN)/pytest -q $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
-native-test: $(INSTALLED)  ## libkvcodec under sanitizers, without Python; warnings are errors
-	for kind in address,undefined thread; do \
-	  $(BIN)/cmake -S kvcodec/native -B build/$${kind%,*} -G Ninja -DKVCODEC_SANITIZE=$$kind \
-	    -DKVCODEC_WERROR=ON -DKVCODEC_BUILD_TESTS=ON -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
-	  && $(BIN)/cmake --build build/$${kind%,*} --target driver || exit 1; \
-	done
-	build/address/driver all
-	build/thread/driver threads
-	build/thread/driver compare 30
+native-test: native-test-address native-test-thread  ## libkvcodec under sanitizers, without Python; warnings are errors
+
+native-test-address: build/address/driver
+	$< all
+
+native-test-thread: build/thread/driver
+	$< threads
+	$< compare 30
+
+# Phony, for Ninja knows what is up to date.
+.PHONY: build/address/driver build/thread/driver native-test-address native-test-thread
+build/address/driver: SANITIZERS := address,undefined
+build/thread/driver: SANITIZERS := thread
+build/address/driver build/thread/driver: $(INSTALLED)
+	$(BIN)/cmake -S kvcodec/native -B $(@D) -G Ninja -DKVCODEC_SANITIZE=$(SANITIZERS) \
+	  -DKVCODEC_WERROR=ON -DKVCODEC_BUILD_TESTS=ON -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+	$(BIN)/cmake --build $(@D) --target driver
 
 neon-test:  ## the NEON kernels on an emulated processor, against the portable ones
 	tests/native/run_neon_qemu.sh
