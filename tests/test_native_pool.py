@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import native_pages as pages
 import numpy as np
@@ -165,12 +166,19 @@ def test_flush_to_zero_of_the_caller_does_not_reach_the_kernels():
 # --- cancellation and waiting
 
 
-def endless(pool: native.Pool, count: int = 3000) -> native.Batch:
-    """A batch that takes much longer than a call."""
+@cache
+def large_page() -> tuple[native.Plan, Rows, Rows]:
     shape = Shape(dtype=DType.U8, codecs=(RAW,), head_count=1, token_count=64, head_size=8192)
     rows = np.zeros(shape.rows, np.uint8)
-    plan = make_plan(shape, rows)
+    plan, pool = make_plan(shape, rows), native.Pool(1)
     page = pages.encoded(pool, plan, rows)
+    pool.close()
+    return plan, rows, page
+
+
+def endless(pool: native.Pool, count: int = 3000) -> native.Batch:
+    """A batch that takes much longer than a call."""
+    plan, rows, page = large_page()
     return pages.start(pool, native.VERIFY, plan, [page] * count, [rows] * count)
 
 
@@ -227,6 +235,8 @@ def test_dropped_batch_is_waited_for(pool: native.Pool):
 def test_borrowed_memory_lives_as_long_as_the_batch_runs(pool: native.Pool):
     rows = make_rows(1)
     plan = make_plan(SHAPE, rows)
+    # What other tests have left need not be looked through twenty times.
+    gc.freeze()
     for _ in range(20):
         batch = pages.start(
             pool,
@@ -238,6 +248,7 @@ def test_borrowed_memory_lives_as_long_as_the_batch_runs(pool: native.Pool):
         gc.collect()
         assert batch.wait()
         assert not batch.status.any()
+    gc.unfreeze()
 
 
 def test_close_finishes_what_was_submitted():
