@@ -1,6 +1,6 @@
 """A client of the sidecar as an engine is one: pages go there encoded and come back verified.
 
-python3 - read | refused URL       in a container, with this file on its standard input
+python3 - write | read | refused URL       in a container, with this file on its standard input
 """
 
 from __future__ import annotations
@@ -97,6 +97,10 @@ def _main(task: str, url: str) -> int:
         sys.stdout.write(f"{reason}\n")
         return 0 if reason else 1
     client = Client(url)
+    if task == "write":
+        stored = client.backup()
+        sys.stdout.write(f"{stored} of {len(KEYS)} pages stored\n")
+        return 0 if stored == len(KEYS) else 1
     started = time.monotonic()
     found, pages = client.prefetch()
     seconds = time.monotonic() - started

@@ -32,6 +32,7 @@ CHART = DOCKER / "helm" / "kvcodec"
 STORES = Path(sys.prefix) / "stores"
 TOOLS = STORES / "deployment" / "bin"
 DOCKERFILES = [DOCKER / "Dockerfile", DOCKER / "engine.Dockerfile"]
+STAND_INS = DOCKER / "compose" / "stand-ins.Dockerfile"
 EXAMPLES = sorted((DOCKER / "kubernetes" / "examples").glob("*.yaml"))
 # The oldest release that has containers which start before the others and live as long, and one
 # of today.
@@ -71,7 +72,7 @@ def files_of(configuration: Configuration) -> Tree:
 # --- the image
 
 
-@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("dockerfile", [*DOCKERFILES, STAND_INS], ids=lambda path: path.name)
 def test_dockerfile_has_no_finding_of_hadolint(dockerfile: Path):
     run(tool("hadolint"), dockerfile)
 
@@ -193,7 +194,8 @@ def services() -> Tree:
 
 
 def test_compose_file_keeps_to_the_specification():
-    run(tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", COMPOSE)
+    files = [COMPOSE, STAND_INS.with_suffix(".yaml")]
+    run(tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", *files)
 
 
 def test_compose_contains_every_service_but_the_engine(services: Tree):
