@@ -32,12 +32,22 @@ constexpr bool fits_vector_table(const CodingTable& table) {
   return table.first >= -31 && table.first + table.escape - 1 <= 31;
 }
 
-// What a step takes and where its values go.
+// What a step takes and where its values go, in one word.
 struct StreamStep {
-  uint32_t table;  // its offset in the tables, bytes
-  uint16_t out;    // in the output of the tile, elements
-  uint8_t shift;
-  uint8_t count;  // lanes
+  uint64_t word;
+
+  explicit StreamStep(uint64_t packed) : word(packed) {}
+
+  // `table`: its offset in the tables, bytes. `out`: in the output of the tile, elements. `count`:
+  // lanes.
+  static uint64_t pack(uint32_t table, uint32_t shift, uint32_t out, uint32_t count) {
+    return table | shift << 24 | static_cast<uint64_t>(out) << 32 |
+           static_cast<uint64_t>(count) << 48;
+  }
+  uint32_t table() const { return static_cast<uint32_t>(word) & 0xFFFFFF; }
+  uint32_t shift() const { return static_cast<uint32_t>(word) >> 24; }
+  uint32_t out() const { return static_cast<uint32_t>(word >> 32) & 0xFFFF; }
+  uint32_t count() const { return static_cast<uint32_t>(word >> 48); }
 };
 
 // What becomes of the integers of a step.
@@ -50,7 +60,7 @@ enum class Emit {
 struct TileStream {
   const uint8_t* at;
   const uint8_t* end;
-  const StreamStep* step;
+  const uint64_t* step;
   uint32_t steps;
   void* out;
   bool masked;   // some step has fewer than 32 lanes
@@ -100,10 +110,10 @@ KVC_INLINE __m512i add_raw_bits(__m512i value, uint32_t shift, const uint8_t** a
 // guard.
 template <Emit kEmit, bool kShift, bool kMasked>
 KVC_INLINE bool take_step(const uint8_t* tables, TileStream& s) {
-  const StreamStep step = *s.step++;
+  const StreamStep step(*s.step++);
   if (__builtin_expect(s.at > s.end, false)) return false;
-  const uint8_t* table = tables + step.table;
-  const __mmask32 active = kMasked ? static_cast<__mmask32>(_bzhi_u32(~0u, step.count)) : ~0u;
+  const uint8_t* table = tables + step.table();
+  const __mmask32 active = kMasked ? static_cast<__mmask32>(_bzhi_u32(~0u, step.count())) : ~0u;
   const __m512i x = s.x;
   const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(table), x,
                                                _mm512_load_si512(table + 64));
@@ -132,9 +142,9 @@ KVC_INLINE bool take_step(const uint8_t* tables, TileStream& s) {
   }
   if (kEmit == Emit::kWords)
     value = _mm512_srai_epi16(_mm512_slli_epi16(value, 8), 8);
-  if (kShift) value = add_raw_bits(value, step.shift, &s.at);
+  if (kShift) value = add_raw_bits(value, step.shift(), &s.at);
   if (kEmit == Emit::kWords) {
-    _mm512_storeu_si512(static_cast<int16_t*>(s.out) + step.out, value);
+    _mm512_storeu_si512(static_cast<int16_t*>(s.out) + step.out(), value);
     return true;
   }
   if (kEmit == Emit::kTrellis) {
@@ -144,7 +154,7 @@ KVC_INLINE bool take_step(const uint8_t* tables, TileStream& s) {
     s.q = kMasked ? _mm512_mask_mov_epi16(s.q, active, s.o) : s.o;
     s.o = kMasked ? _mm512_mask_mov_epi16(s.o, active, next) : next;
   }
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint8_t*>(s.out) + step.out),
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint8_t*>(s.out) + step.out()),
                       _mm512_cvtepi16_epi8(value));
   return true;
 }
