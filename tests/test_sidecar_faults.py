@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 
 import grpc
 import numpy as np
@@ -16,6 +18,7 @@ import pytest
 from faulty_proxy import FaultyProxy
 from pages import Case
 from server_sidecar import HANGS, HANGS_SECONDS, RAISES, STOPS_READING, STOPS_WRITING, Sidecar
+from sidecar_process import is_open
 
 from kvcodec.errors import BackendError, BackendTimeout
 from kvcodec.layout import DType, PageLayout, PageViews
@@ -28,6 +31,7 @@ from kvcodec_server.client import SidecarBackend
 
 NAMESPACE = "5" * 32
 SIZE = 100_000
+RESTARTS = 30 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 5
 
 
 def name(end: str = "", number: int | None = None) -> str:
@@ -218,6 +222,53 @@ def test_a_restarted_sidecar_is_used_again_soon(sidecar, door):
     # Well under a second where nothing else runs; a loaded machine may add to that.
     wait_until(lambda: backend.put([there], [data], timeout_seconds=1) == [None], seconds=10)
     backend.close()
+
+
+@pytest.mark.parametrize("door", ["unix_url", "url"])
+def test_a_sidecar_may_be_restarted_again_and_again(tmp_path, door):
+    """Under load: engines go on asking while it is away, which gRPC alone does not take well."""
+    with Sidecar(tmp_path, "memory://") as sidecar:
+        backend = SidecarBackend.from_url(getattr(sidecar, door))
+        data, there, took = memoryview(b"data"), name(), []
+        ending = threading.Event()
+
+        def ask() -> None:
+            while not ending.wait(0.01):
+                backend.exists([there], timeout_seconds=2)
+
+        asking = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in asking:
+            thread.start()
+        for _ in range(RESTARTS):
+            sidecar.kill()
+            sidecar.start()
+            wait_until(lambda: is_open(sidecar.port))
+            put = partial(backend.put, [there], [data], timeout_seconds=1)
+            took.append(wait_until(lambda: put() == [None], seconds=20))  # noqa: B023 - at once
+        ending.set()
+        for thread in asking:
+            thread.join()
+        backend.close()
+    assert statistics.median(took) < 2, took
+
+
+def test_a_refused_call_keeps_its_connection(tmp_path):
+    """Who opens another each time makes a crowd larger."""
+    with (
+        Sidecar(tmp_path, "memory://", max_streams=1) as sidecar,
+        grpc.insecure_channel(f"127.0.0.1:{sidecar.port}") as channel,
+    ):
+        held = PageServiceStub(channel).PutStream.future(iter(lambda: time.sleep(9), 0))
+        wait_until(lambda: stats(sidecar).calls == 2)
+        backend, buffer = SidecarBackend.from_url(sidecar.url), memoryview(bytearray(9))
+        door = backend._opened()
+        line = door._line
+        for _ in range(5):
+            (answer,) = backend.get_into([name()], [buffer], timeout_seconds=2)
+            assert "max_streams" in str(answer)
+        assert door._line is line
+        backend.close()
+        held.cancel()
 
 
 def test_a_client_opened_before_its_sidecar_finds_it_later(tmp_path):

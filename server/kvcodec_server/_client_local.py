@@ -62,8 +62,8 @@ class LocalDoor:
         session = self._link.session(deadline)
         return session.stub, session.metadata
 
-    def suspect(self, stub: PageServiceStub) -> None:
-        """A call heard nothing; whether the sidecar is gone, the session will show."""
+    def suspect(self, stub: PageServiceStub, error: grpc.RpcError) -> None:
+        """A call has failed; whether the sidecar is gone, the session will show."""
 
     def get(self, pairs: Sequence[tuple[str, memoryview]], deadline: Deadline) -> list[GetResult]:
         """Read objects into memory, of the region or of anything else."""

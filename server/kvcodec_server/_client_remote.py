@@ -23,6 +23,17 @@ _OBJECTS_PER_CALL = 500
 # A connection that was left is closed after this time: calls on it that do hear something go on.
 _LEFT_SECONDS = 60.0
 _MAX_LEFT = 8
+# What only a sidecar says, of a connection that is well: who is refused for the crowd does not make
+# it larger.
+_HEARD = frozenset(
+    {
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.PERMISSION_DENIED,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.UNAUTHENTICATED,
+    }
+)
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -49,8 +60,10 @@ class _Line:
 class RemoteDoor:
     """A sidecar at ``host:port``. Thread-safe; not for both sides of a fork.
 
-    A call that hears nothing by its deadline leaves its connection to those that hear something:
-    what is between may have forgotten it without a word. The next call makes another.
+    A call that hears nothing leaves its connection to those that hear something, and the next call
+    makes another: what is between may have forgotten it without a word. Nor is gRPC quick to
+    connect again by itself: a channel that is asked all the time while its server is away says for
+    2 to 40 seconds after its return that it cannot connect, whatever the backoff is set to.
     """
 
     def __init__(self, open_channel: Callable[[], grpc.Channel], metadata: Metadata) -> None:
@@ -65,8 +78,10 @@ class RemoteDoor:
         del deadline
         return self._line.stub, self._metadata
 
-    def suspect(self, stub: PageServiceStub) -> None:
-        """A call on this connection heard nothing."""
+    def suspect(self, stub: PageServiceStub, error: grpc.RpcError) -> None:
+        """A call on this connection has failed, as after hearing nothing."""
+        if isinstance(error, grpc.Call) and error.code() in _HEARD:
+            return
         now = time.monotonic()
         with self._lock:
             if self._line.stub is not stub:
@@ -117,7 +132,7 @@ class RemoteDoor:
         except grpc.RpcError as error:
             found = as_backend_error(error)
             if not results:
-                self.suspect(line.stub)
+                self.suspect(line.stub, error)
             results += [found] * (len(pairs) - len(results))
         except (BackendError, ValueError) as error:
             results += [BackendError(str(error))] * (len(pairs) - len(results))
@@ -134,7 +149,7 @@ class RemoteDoor:
             error = BackendError(f"{len(response.outcomes)} answers for {len(pairs)} objects")
         except grpc.RpcError as call:
             error = as_backend_error(call)
-            self.suspect(line.stub)
+            self.suspect(line.stub, call)
         except ValueError as closed:
             error = BackendError(str(closed))
         finally:

@@ -274,7 +274,7 @@ class SidecarBackend(Backend):
             return getattr(stub, verb)(request, timeout=left, metadata=metadata)
         except grpc.RpcError as error:
             found = as_backend_error(error)
-            door.suspect(stub)
+            door.suspect(stub, error)
             return found
         except ValueError as error:  # the channel was closed meanwhile
             return BackendError(str(error))
