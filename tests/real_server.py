@@ -12,7 +12,9 @@ not be installed.
 
 from __future__ import annotations
 
+import itertools
 import os
+import random
 import shutil
 import signal
 import socket
@@ -42,10 +44,23 @@ def need(program: str | Path) -> str:
     return found
 
 
+# Below the ports that the kernel gives to connections, which would take one before its server does.
+# Another test process has the odd ones or the even ones.
+_ODD = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 2
+_PORTS = [port + _ODD for port in range(20_000, 32_000, 2)]
+_places = itertools.count(random.SystemRandom().randrange(len(_PORTS)))
+
+
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port of the loopback interface for a server that will start soon; each time another one."""
+    while True:
+        port = _PORTS[next(_places) % len(_PORTS)]
+        with socket.socket() as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
 
 
 def answers_on(port: int) -> Callable[[], bool]:
