@@ -15,7 +15,8 @@ from kvcodec.errors import ConfigError, CorruptPage, NativeError, PageError, Und
 from kvcodec.format import PAGE_BYTES_OFFSET, EncodedPage
 from kvcodec.identity import Namespace
 from kvcodec.layout import PageViews, StreamStrides
-from kvcodec.plan import PagePlan
+from kvcodec.plan import ROTATED_ROLES, PagePlan
+from kvcodec.rotary import INTERLEAVED
 
 __all__ = ["Codec", "Encoded", "encoded_size"]
 
@@ -55,6 +56,7 @@ def _native_plan(plan: PagePlan, strides: tuple[StreamStrides, ...]) -> native.P
                 group_stride=stride.group_bytes,
                 head_stride=stride.head_bytes,
                 token_stride=stride.token_bytes,
+                is_rotated=stream.role in ROTATED_ROLES,
             )
             for stream, stride in zip(layout.streams, strides, strict=True)
         ],
@@ -84,6 +86,12 @@ def _native_plan(plan: PagePlan, strides: tuple[StreamStrides, ...]) -> native.P
         key_bytes=plan.key_bytes,
         page_bytes=plan.page_bytes,
         size_offset=0 if plan.is_fixed else PAGE_BYTES_OFFSET,
+        rotary=None
+        if plan.rotary is None
+        else native.RotaryPairs(
+            interleaved=plan.rotary.style == INTERLEAVED,
+            table=plan.rotary.table(layout.token_count),
+        ),
     )
 
 
@@ -176,10 +184,10 @@ class Codec:
             try:
                 page = EncodedPage.parse(pages[index].data)
                 page.header.expect(namespace, keys[index].decode(), minimum_bits=minimum_bits)
+                own = self._foreign_plan(page)
             except PageError as error:
                 results[index] = error
             else:
-                own = self._foreign_plan(page)
                 foreign.setdefault(id(own), (own, []))[1].append(index)
         for own, indices in foreign.values():
             decoded = self._decode(own, indices, keys, pages, views, deadline)

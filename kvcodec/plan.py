@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TypedDict
 
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from kvcodec.errors import ConfigError
+from kvcodec.errors import ConfigError, CorruptPage
 from kvcodec.format import (
     CHECKSUM_BYTES,
     FIXED,
@@ -35,10 +35,15 @@ from kvcodec.format import (
     section_stored_bytes,
 )
 from kvcodec.identity import MAX_KEY_BYTES, Namespace, encode_key, layout_record
-from kvcodec.layout import PageLayout
+from kvcodec.layout import PageLayout, Role, Stream
+from kvcodec.rotary import Rotary
 from kvcodec.spec import CodecSpec, Kind, SectionCodec
 
-__all__ = ["PagePlan", "check_spec"]
+__all__ = ["ROTATED_ROLES", "ROTARY_EXTENSION", "PagePlan", "check_spec"]
+
+#: The header extension that holds rotary parameters, and the streams that they are about.
+ROTARY_EXTENSION = 2
+ROTATED_ROLES = frozenset({Role.KEY, Role.ROPE})
 
 #: A coded section is cut into tiles of one head (FORMAT.md 3.5). One below the smallest does not
 #: pay for its states.
@@ -66,6 +71,7 @@ class PagePlan:
     checksum_offsets: npt.NDArray[np.uint64]
     size_offsets: npt.NDArray[np.uint64]
     page_bytes: int
+    rotary: Rotary | None = None
 
     @property
     def is_fixed(self) -> bool:
@@ -79,9 +85,13 @@ class PagePlan:
         codecs: Sequence[SectionCodec],
         key_bytes: int,
         extensions: Sequence[Extension] = (),
+        rotary: Rotary | None = None,
     ) -> PagePlan:
         """Plan pages to be written. `codecs` holds one codec per section; raises `ConfigError`
         beyond a limit.
+
+        With `rotary`, keys in `ecq` per channel may be stored with their rotation taken out, which
+        the pages then say in an extension. Where nothing can use it, it is ignored.
         """
         layout = namespace.layout
         if len(codecs) != layout.section_count:
@@ -97,9 +107,15 @@ class PagePlan:
             section_row(layout, stream, codec)
             for codec, stream in zip(resolved, streams, strict=True)
         ]
-        return cls._assemble(
+        if rotary is not None and any(map(_may_derotate, resolved, streams)):
+            extensions = [*extensions, Extension(ROTARY_EXTENSION, rotary.record)]
+            extensions.sort(key=lambda extension: extension.type)
+        else:
+            rotary = None
+        plan = cls._assemble(
             namespace, resolved, np.array(rows, SECTION), key_bytes, tuple(extensions)
         )
+        return replace(plan, rotary=rotary)
 
     @classmethod
     def _assemble(
@@ -150,7 +166,10 @@ class PagePlan:
 
     @classmethod
     def of_page(cls, header: PageHeader, data: memoryview) -> PagePlan:
-        """The plan under which a page was written; `data` starts with its (verified) header."""
+        """The plan under which a page was written; `data` starts with its (verified) header.
+
+        Raises `CorruptPage` if its rotary parameters are none.
+        """
         raw = bytearray(data[: header.header_bytes])
         fixed = FIXED.unpack_from(raw)
         streams_bytes = len(header.layout.streams) * STREAM.size
@@ -171,6 +190,7 @@ class PagePlan:
             header=bytes(raw),
             key_offset=key_offset,
             key_bytes=key_bytes,
+            rotary=_rotary(header.extensions),
             **places,
         )
 
@@ -193,6 +213,20 @@ class PagePlan:
             "<Q", raw, len(raw) - CHECKSUM_BYTES, xxhash.xxh3_64_intdigest(raw[:-CHECKSUM_BYTES])
         )
         return bytes(raw)
+
+
+def _may_derotate(codec: SectionCodec, stream: Stream) -> bool:
+    return codec.kind is Kind.ECQ and bool(codec.axis) and stream.role in ROTATED_ROLES
+
+
+def _rotary(extensions: Sequence[Extension]) -> Rotary | None:
+    for extension in extensions:
+        if extension.type == ROTARY_EXTENSION:
+            try:
+                return Rotary.from_record(extension.data)
+            except ConfigError as error:
+                raise CorruptPage("extensions", str(error)) from error
+    return None
 
 
 class _Places(TypedDict):

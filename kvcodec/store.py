@@ -21,6 +21,7 @@ from kvcodec.identity import MAX_KEY_BYTES, Namespace, encode_key
 from kvcodec.layout import PageLayout, PageViews
 from kvcodec.pipeline import Pipeline, StoreOptions
 from kvcodec.plan import PagePlan, check_spec
+from kvcodec.rotary import Rotary
 from kvcodec.spec import CodecSpec
 from kvcodec.transfer import Chunk, Transfer
 
@@ -45,8 +46,10 @@ class PageStore:
         spec: CodecSpec,
         *,
         protected_spec: CodecSpec | None = None,
+        rotary: Rotary | None = None,
     ) -> None:
         """`protected_spec` encodes the pages that a backup marks as protected (default raw).
+        `rotary` tells how the model rotates its keys, for codecs that can use it.
 
         Raises `ConfigError` where a spec cannot be honoured for this layout, or a page does not fit
         the buffers.
@@ -56,6 +59,7 @@ class PageStore:
         self.spec = spec
         self.protected_spec = protected_spec or CodecSpec()
         self._specs = {"plain": spec, "protected": self.protected_spec, "raw": CodecSpec()}
+        self._rotary = rotary
         self._plans: dict[tuple[str, int], PagePlan] = {}
         self._rewrite: OrderedDict[str, None] = OrderedDict()
         for checked in (spec, self.protected_spec):
@@ -86,7 +90,9 @@ class PageStore:
         plan = self._plans.get((which, key_bytes))
         if plan is None:
             codecs = self._specs[which].section_codecs(self.layout)
-            plan = self._plans[which, key_bytes] = PagePlan.build(self.namespace, codecs, key_bytes)
+            plan = self._plans[which, key_bytes] = PagePlan.build(
+                self.namespace, codecs, key_bytes, rotary=self._rotary
+            )
         return plan
 
     def exists(self, keys: Sequence[str]) -> list[bool]:

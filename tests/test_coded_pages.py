@@ -16,10 +16,12 @@ from pages import IDENTITY, make_rows, native_encode, raw_bytes, reseal
 
 from kvcodec.codec import Codec
 from kvcodec.errors import ConfigError, CorruptPage, PageError, UnsupportedPage
+from kvcodec.extension import Extension
 from kvcodec.format import SECTION, EncodedPage, pad64
 from kvcodec.identity import Namespace
 from kvcodec.layout import DType, PageLayout, PageViews
-from kvcodec.plan import PagePlan, check_spec
+from kvcodec.plan import ROTARY_EXTENSION, PagePlan, check_spec
+from kvcodec.rotary import Rotary
 from kvcodec.spec import Axis, CodecSpec, Kind, SectionCodec
 
 KEY = "c0ded"
@@ -246,3 +248,46 @@ def test_kvtuner_options_over_a_coded_preset():
     assert (spec.key.text, spec.value.text) == ("ecq-3", "int8-g64")
     with pytest.raises(ConfigError, match="asym has no effect: everything is stored ecq-3"):
         CodecSpec.from_options({"preset": "ecq-3", "asym": True})
+
+
+ROTARY = Rotary(64, 0, tuple(float(np.float32(10000.0 ** (-i / 32))) for i in range(32)))
+
+
+def test_page_names_the_rotation_that_its_codec_may_use(codec: Codec):
+    """Rotary parameters travel in the page, and a reader with none of its own finds them there."""
+    layout = layout_of()
+    codecs = CodecSpec.parse("ecq-3").section_codecs(layout)
+    namespace = Namespace(IDENTITY, layout)
+    plan = PagePlan.build(namespace, codecs, len(KEY), rotary=ROTARY)
+    page, _ = native_encode(codec, plan, KEY, make_rows(layout, seed=2))
+    header = EncodedPage.parse(page).header
+    [extension] = header.extensions
+    assert (extension.type, extension.critical) == (ROTARY_EXTENSION, False)
+    assert Rotary.from_record(extension.data) == ROTARY
+    assert PagePlan.of_page(header, memoryview(page)).rotary == ROTARY
+    own = decode(codec, plan, page)
+    assert isinstance(own, bytes)
+    assert decode(codec, plan_of("raw"), page) == own
+
+
+@pytest.mark.parametrize(
+    "text", ["raw", "kv4-channel", "lossless", "key=ecq-3 value=ecq-3-channel"]
+)
+def test_pages_that_cannot_use_a_rotation_do_not_name_it(text: str):
+    layout = layout_of()
+    codecs = CodecSpec.parse(text).section_codecs(layout)
+    plan = PagePlan.build(Namespace(IDENTITY, layout), codecs, len(KEY), rotary=ROTARY)
+    assert plan.rotary is None
+    assert plan.header == plan_of(text).header
+
+
+def test_rotary_parameters_that_are_none_are_damage(codec: Codec):
+    """A page with such an extension and right checksums is refused, not guessed at."""
+    layout = layout_of()
+    codecs = CodecSpec.parse("ecq-3").section_codecs(layout)
+    forged = [Extension(ROTARY_EXTENSION, bytes(8))]
+    plan = PagePlan.build(Namespace(IDENTITY, layout), codecs, len(KEY), forged)
+    page, _ = native_encode(codec, plan, KEY, make_rows(layout, seed=2))
+    error = decode(codec, plan_of("raw"), page)
+    assert isinstance(error, CorruptPage)
+    assert error.reason == "corrupt:extensions"

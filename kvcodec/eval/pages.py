@@ -10,7 +10,6 @@ import numpy.typing as npt
 from kvcodec.codec import Codec
 from kvcodec.errors import ConfigError
 from kvcodec.eval.protocol import RoundTrip
-from kvcodec.format import EncodedPage
 from kvcodec.identity import Identity, Namespace
 from kvcodec.layout import DType, PageLayout, PageViews
 from kvcodec.plan import PagePlan, check_spec
@@ -73,21 +72,22 @@ class SpecCodec:
         """Bytes of the encoded pages."""
         page_keys = [_KEY.encode()] * len(raw[0])
         pages = [np.zeros(plan.page_bytes, np.uint8) for _ in page_keys]
-        broken = self._codec.encode_into(
+        encoded = self._codec.encode_into(
             plan, page_keys, PageViews.of_arrays(plan.layout, raw), pages
         )
-        if broken.any():
+        if encoded.nonfinite_groups.any():
             raise ConfigError(
                 f"{self.name}: the cache holds values that are not finite, so it would be kept raw"
             )
-        sizes = [EncodedPage.parse(page.data).header.page_bytes for page in pages]
+        sizes = encoded.page_bytes.tolist()
+        pages = [page[:size] for page, size in zip(pages, sizes, strict=True)]
         problems = self._codec.decode_into(
             namespace, plan, page_keys, pages, PageViews.of_arrays(plan.layout, decoded)
         )
         for problem in problems:
             if problem is not None:
                 raise problem
-        return sum(sizes)
+        return int(sum(sizes))
 
 
 def _bits(tensor: Tensor) -> npt.NDArray[np.generic]:

@@ -44,7 +44,7 @@ STREAM = np.dtype(
         ("head_count", "<u4"),
         ("head_size", "<u4"),
         ("group_heads", "<u4"),
-        ("reserved", "<u4"),
+        ("is_rotated", "<u4"),
         ("layer_stride", "<i8"),
         ("group_stride", "<i8"),
         ("head_stride", "<i8"),

@@ -18,7 +18,10 @@ __all__ = ["Plan", "RotaryPairs", "Section", "StreamRows"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamRows:
-    """One stream of the layout, and the distances in bytes between its rows in host memory."""
+    """One stream of the layout, and the distances in bytes between its rows in host memory.
+
+    `is_rotated`: its rows hold the rotary pairs of the plan.
+    """
 
     head_count: int
     head_size: int
@@ -27,6 +30,7 @@ class StreamRows:
     group_stride: int
     head_stride: int
     token_stride: int
+    is_rotated: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +94,7 @@ class Plan:
                 s.head_count,
                 s.head_size,
                 s.group_heads,
-                0,
+                s.is_rotated,
                 s.layer_stride,
                 s.group_stride,
                 s.head_stride,

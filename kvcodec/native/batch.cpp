@@ -167,7 +167,7 @@ bool kvc_batch::take_plan(const kvc_plan& plan) {
   streams_.assign(plan.streams, plan.streams + plan.stream_count);
   for (kvc_stream& stream : streams_) {
     // The limits of head_count, head_size and token_count are those of kvc_section_bytes.
-    if (stream.reserved != 0 || stream.group_heads == 0 || stream.head_count == 0 ||
+    if (stream.is_rotated > 1 || stream.group_heads == 0 || stream.head_count == 0 ||
         !strides_fit(stream, plan.layer_count, plan.token_count)) {
       return false;
     }
@@ -388,6 +388,10 @@ Rows kvc_batch::rows_of(const kvc_page& page, const PlannedSection& section) con
           stream.token_stride};
 }
 
+const kvc_rotary* kvc_batch::rotary_of(const PlannedSection& section) const {
+  return streams_[section.stream].is_rotated != 0 ? plan_.rotary : nullptr;
+}
+
 // Encodes a section into scratch, padded; its stored bytes, or 0 without memory.
 size_t kvc_batch::encode_rows(const kvc_page& page, PageState& state, uint32_t index, uint32_t end,
                               Scratch& scratch, uint8_t** out) const {
@@ -399,7 +403,7 @@ size_t kvc_batch::encode_rows(const kvc_page& page, PageState& state, uint32_t i
   const Rows rows = rows_of(page, section);
   if (coded) {
     const size_t stored =
-        kernels_->encode_coded(section.codec, rows, plan_.rotary, *out + room, *out);
+        kernels_->encode_coded(section.codec, rows, rotary_of(section), *out + room, *out);
     if (stored != 0) return stored;
     kernels_->encode_section(raw_codec(section.codec), rows, nullptr, *out);
     return section.stored_bytes;
@@ -446,7 +450,7 @@ int kvc_batch::decode(const kvc_page& page, uint32_t index, uint64_t* offset,
     uint8_t* work = scratch.at_least(kCodedScratchBytes);
     if (work == nullptr) return KVC_OUT_OF_MEMORY;
     const bool sound = kernels_->decode_coded(section.codec, in, place.stored_bytes, rows,
-                                              plan_.rotary, work);
+                                              rotary_of(section), work);
     return sound ? KVC_OK : KVC_BAD_STREAM;
   }
   if (operation_ != KVC_DECODE) return KVC_OK;

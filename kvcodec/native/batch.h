@@ -105,6 +105,7 @@ struct kvc_batch {
   size_t encode_rows(const kvc_page& page, kvc::PageState& state, uint32_t section, uint32_t end,
                      kvc::Scratch& scratch, uint8_t** out) const;
   kvc::Rows rows_of(const kvc_page& page, const kvc::PlannedSection& section) const;
+  const kvc_rotary* rotary_of(const kvc::PlannedSection& section) const;
   void finish_header(const kvc_page& page) const;
   void finish_page(size_t page_index);
 

@@ -67,7 +67,7 @@ typedef struct kvc_stream {
   uint32_t head_count;
   uint32_t head_size;    /* elements of a row; they are contiguous */
   uint32_t group_heads;  /* heads per head group; head_count or more: one group */
-  uint32_t reserved;     /* zero */
+  uint32_t is_rotated;   /* 1: its rows hold the rotary pairs of the plan; else 0 */
   int64_t layer_stride;
   int64_t group_stride;
   int64_t head_stride;

@@ -251,7 +251,7 @@ void plans() {
       [](Case& c) { c.streams[0].head_count = 0; },
       [](Case& c) { c.streams[0].head_size = UINT32_MAX; },
       [](Case& c) { c.streams[0].group_heads = 0; },
-      [](Case& c) { c.streams[0].reserved = 1; },
+      [](Case& c) { c.streams[0].is_rotated = 2; },
       [](Case& c) { c.streams[0].layer_stride = INT64_MAX; },
       [](Case& c) { c.streams[0].token_stride = INT64_MIN; },
       [](Case& c) { c.sections[0].kind = 5; },
