@@ -17,12 +17,11 @@ __all__ = [
     "EMPTY",
     "Groups",
     "Statistics",
+    "Steps",
     "choose_reference",
     "choose_scales",
-    "element_class",
     "measure",
     "power",
-    "step_exponent",
 ]
 
 Float32 = npt.NDArray[np.float32]
@@ -42,19 +41,29 @@ def power(sixteenths: Integers) -> Float32:
     return np.ldexp(_POWERS[sixteenths & 15], sixteenths >> 4).astype(np.float32)
 
 
-def step_exponent(bits: int, reference: Integers, exponent: Integers) -> Integers:
-    """d: a group's step is 2^(d/16)."""
-    return 4 * exponent - _sharpness(bits, reference, exponent)
+@dataclass(frozen=True)
+class Steps:
+    """The steps of groups, from the nominal `bits` per element times 16.
 
+    Half of a channel's width and three quarters of a token's go into its step, the rest is the
+    tile's: s = r - e.
+    """
 
-def _sharpness(bits: int, reference: Integers, exponent: Integers) -> Integers:
-    """Sixteenths of a power of two of steps in a group's deviation."""
-    return np.minimum(2 * (exponent - reference) - (35 - bits), _SHARPEST)
+    bits: int
+    per_channel: bool
 
+    def sharpness(self, scales: Integers) -> Integers:
+        """t: a group's deviation is 2^(t/16) steps."""
+        share = 2 if self.per_channel else 1
+        return np.minimum(-share * scales - (35 - self.bits), _SHARPEST)
 
-def element_class(bits: int, reference: Integers, exponent: Integers) -> Integers:
-    """The class of a group's elements."""
-    return np.clip((_sharpness(bits, reference, exponent) + 2 >> 2) + 10, 0, 32)
+    def exponent(self, reference: Integers, scales: Integers) -> Integers:
+        """d: a group's step is 2^(d/16)."""
+        return 4 * (reference - scales) - self.sharpness(scales)
+
+    def classes(self, scales: Integers) -> Integers:
+        """The class of a group's elements."""
+        return np.clip((self.sharpness(scales) + 2 >> 2) + 10, 0, 32)
 
 
 @dataclass(frozen=True)
@@ -174,12 +183,12 @@ def choose_reference(found: Statistics, groups: Groups) -> Integers:
     return np.where(total == 0, -160, np.clip(mean, -160, 95))
 
 
-def choose_scales(found: Statistics, reference: Integers, bits: int) -> Integers:
+def choose_scales(found: Statistics, reference: Integers, steps: Steps) -> Integers:
     """Step 6: s of each group."""
     r = reference[:, None]
     exponent = np.maximum(found.exponent, r - 126)
     while True:
-        inverse = power(16 - step_exponent(bits, r, exponent))
+        inverse = power(16 - steps.exponent(r, r - exponent))
         fails = (found.largest * inverse > _LARGEST_DEVIATION) | (
             found.top * inverse > _LARGEST_MEAN
         )

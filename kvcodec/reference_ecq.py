@@ -17,12 +17,11 @@ from kvcodec._reference_choice import (
     EMPTY,
     Groups,
     Statistics,
+    Steps,
     choose_reference,
     choose_scales,
-    element_class,
     measure,
     power,
-    step_exponent,
 )
 from kvcodec._reference_stream import (
     LANES,
@@ -70,6 +69,11 @@ class EcqCodec:
     bits: int
     per_channel: bool
     rotary: Rotary | None = None
+
+    @property
+    def steps(self) -> Steps:
+        """The steps of its groups."""
+        return Steps(self.bits, self.per_channel)
 
     def may_derotate(self, head_size: int) -> bool:
         """Whether a section of that head size may be stored derotated."""
@@ -145,11 +149,6 @@ class QuantizedTiles:
     means: Integers  # (tiles, sequences), in the order of the sequences
     indices: Integers  # (tiles, sequences, elements)
 
-    def classes(self, bits: int) -> Integers:
-        """The class of each group's elements."""
-        r = self.reference[:, None]
-        return element_class(bits, r, r - self.scales)
-
 
 def _by_step(sequences: Integers) -> Integers:
     """(tiles, steps, lanes) of (tiles, sequences, elements)."""
@@ -170,12 +169,13 @@ def _active(groups: Groups, scales: Integers, length: int) -> npt.NDArray[np.boo
     return _by_step(np.repeat(full, length, axis=2)) > 0
 
 
-def _quantize(sequences: Float32, found: Statistics, groups: Groups, bits: int) -> QuantizedTiles:
+def _quantize(
+    sequences: Float32, found: Statistics, groups: Groups, steps: Steps
+) -> QuantizedTiles:
     """Steps 5 to 8."""
     reference = choose_reference(found, groups)
-    scales = choose_scales(found, reference, bits)
-    r = reference[:, None]
-    inverse = power(16 - step_exponent(bits, r, r - scales))[:, groups.group]
+    scales = choose_scales(found, reference, steps)
+    inverse = power(16 - steps.exponent(reference[:, None], scales))[:, groups.group]
     means = np.rint(found.mean * inverse)
     means[(scales == EMPTY)[:, groups.group]] = 0
     scaled = sequences * inverse[..., None] - means[..., None]
@@ -183,7 +183,7 @@ def _quantize(sequences: Float32, found: Statistics, groups: Groups, bits: int) 
     length = sequences.shape[-1]
     numbers[(scales == EMPTY)[:, groups.group]] = 0
     per_class = np.stack([path_costs(index) for index in range(33)])
-    costs = per_class[element_class(bits, r, r - scales)][:, groups.group]
+    costs = per_class[steps.classes(scales)][:, groups.group]
     costs = np.repeat(costs, -(-length // LANES), axis=1)
     path = search_path(_by_step(numbers), _active(groups, scales, length), costs)
     indices = _by_sequence(path, sequences.shape)
@@ -194,8 +194,8 @@ def dequantized_tiles(
     tiles: QuantizedTiles, first: Sequence[int], codec: EcqCodec, turn: bool
 ) -> Float32:
     """Numbers (tiles, tokens, channels) of tiles whose first tokens are `first`."""
-    group, r = tiles.groups.group, tiles.reference[:, None]
-    half = power(step_exponent(codec.bits, r, r - tiles.scales) - 16)[:, group, None]
+    exponent = codec.steps.exponent(tiles.reference[:, None], tiles.scales)
+    half = power(exponent - 16)[:, tiles.groups.group, None]
     shape = tiles.indices.shape
     u = half_steps(_by_step(tiles.indices), _active(tiles.groups, tiles.scales, shape[-1]))
     sums = (tiles.means[..., None] + _by_sequence(u, shape)).astype(np.float32)
@@ -207,12 +207,12 @@ def _length(values: Integers, family: int, index: int) -> int:
     return int(code_lengths(family, index)[values + 2048].sum())
 
 
-def _tile_stream(tiles: QuantizedTiles, at: int, bits: int) -> tuple[TileEntry, bytes]:
+def _tile_stream(tiles: QuantizedTiles, at: int, steps: Steps) -> tuple[TileEntry, bytes]:
     """Step 9 and the stream of one tile."""
     groups, scales = tiles.groups, tiles.scales[at]
     means = np.empty_like(tiles.means[at])
     means[groups.order] = tiles.means[at]
-    classes = tiles.classes(bits)[at][groups.group]
+    classes = steps.classes(scales)[groups.group]
     full = np.flatnonzero((scales != EMPTY)[groups.group])
     by_family = [
         sum(_length(tiles.indices[at, i], family, classes[i]) for i in full) for family in (0, 1)
@@ -249,7 +249,8 @@ def _choose_turn(values: Float32, codec: EcqCodec) -> bool:
             found = measure(groups.sequences(tiles), groups)
             exponent = np.where(found.empty, -252, found.exponent)
             costs[turn] += int((exponent * groups.sizes).sum())
-    return costs[1] < costs[0]
+    channels = sum(len(batch.index) * batch.channels for batch in _batches(values))
+    return 4 * costs[1] < 4 * costs[0] + channels
 
 
 def quantized_tiles(
@@ -264,7 +265,7 @@ def quantized_tiles(
         if turn and codec.rotary is not None:
             tiles = _turned(tiles, codec.rotary, batch.first_tokens, -1)
         sequences = groups.sequences(tiles)
-        out.append((batch, _quantize(sequences, measure(sequences, groups), groups, codec.bits)))
+        out.append((batch, _quantize(sequences, measure(sequences, groups), groups, codec.steps)))
     return turn, out
 
 
@@ -278,7 +279,7 @@ def encode_ecq(rows: Bits, dtype: DType, codec: EcqCodec) -> bytes:
     coded: dict[int, tuple[TileEntry, bytes]] = {}
     for batch, tiles in batches:
         for at, index in enumerate(batch.index):
-            coded[index] = _tile_stream(tiles, at, codec.bits)
+            coded[index] = _tile_stream(tiles, at, codec.steps)
     entries, streams = zip(*(coded[index] for index in range(len(coded))), strict=True)
     stored = join_parts(CodedParts(int(turn), entries, b"", streams))
     return stored if len(stored) < len(raw) else raw
@@ -297,7 +298,7 @@ def _read_tile(
         means = reader.read(residual_table(0, number), shift, len(means))[groups.order]
         means = (means + 32768 & 65535) - 32768
     reference = np.array(entry.reference - 160)
-    classes = element_class(codec.bits, reference, reference - scales)[groups.group]
+    classes = codec.steps.classes(scales)[groups.group]
     indices = np.zeros((len(groups.order), length), np.int64)
     for at, index in enumerate(classes.tolist()):
         if scales[groups.group[at]] != EMPTY:
