@@ -6,16 +6,22 @@ import json
 import re
 import shutil
 import subprocess
+import time
+from contextlib import closing
 from itertools import combinations
 from pathlib import Path
 
+import grpc
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from real_server import STORES
 from sidecar_process import SidecarProcess, until
 
+from kvcodec import native
+from kvcodec.backend import open_backend
 from kvcodec_proto.v1 import service_pb2 as pb
+from kvcodec_proto.v1 import service_pb2_grpc as pb_grpc
 from kvcodec_server.metrics import CALL_SECONDS, MAX_LABEL_VALUES, Metrics
 from kvcodec_server.status import worst_label
 
@@ -246,6 +252,55 @@ class TestNumbersOfOthers:
         metrics.reloaded("ba9876543210")
         assert value(metrics, "kvcodec_config_last_reload_successful") == 1
         assert value(metrics, "kvcodec_config_info", digest="ba9876543210") == 1
+
+
+class TestNumbersOfNow:
+    def test_each_is_that_of_the_server(self):
+        stats = {"calls": 1, "streams": 2, "sessions": 3, "region_bytes": 4, "staging_bytes": 5}
+        metrics = metrics_of(server=Server(**stats, draining=1))
+        names = ["calls_in_progress", "streams_in_progress", "sessions", "region_bytes"]
+        names += ["staging_bytes", "draining"]
+        found = [value(metrics, f"kvcodec_{name}") for name in names]
+        assert found == [1, 2, 3, 4, 5, 1]
+
+    def test_reload_has_its_time(self):
+        metrics = metrics_of()
+        accepted = "kvcodec_config_last_reload_success_timestamp_seconds"
+        first = value(metrics, accepted)
+        assert abs(first - time.time()) < 5
+        metrics.reloaded(None)
+        assert value(metrics, accepted) == first
+        metrics.reloaded("0")
+        assert value(metrics, accepted) > first
+
+    def test_client_and_reader_of_a_real_sidecar_are_seen(self, tmp_path):
+        settings = {"limits.max_sessions": "7", "limits.staging_bytes": "80MiB"}
+        with SidecarProcess(tmp_path, settings) as sidecar:
+            assert sidecar.metric("kvcodec_ready") == 1
+            assert (
+                f'kvcodec_build_info{{isa="{native.isa()}",version="' in sidecar.get("/metrics")[1]
+            )
+            assert sidecar.metric("kvcodec_sessions_limit") == 7
+            assert sidecar.metric("kvcodec_staging_limit_bytes") == 80 << 20
+            for name in ("sessions", "region_bytes", "staging_bytes", "streams_in_progress"):
+                assert sidecar.metric(f"kvcodec_{name}") == 0
+            page = memoryview(bytes(8 << 20))
+            names = [f"{'a' * 32}/{number:064x}" for number in range(8)]
+            with closing(open_backend(f"sidecar+unix://{sidecar.socket}")) as client:
+                assert client.put(names, [page] * 8, timeout_seconds=20) == [None] * 8
+                assert sidecar.metric("kvcodec_sessions") == 1
+                assert sidecar.metric("kvcodec_region_bytes") >= 8 << 20
+            until(lambda: sidecar.metric("kvcodec_sessions") == 0)
+            rooms = [pb.ObjectRoom(name=name, capacity=8 << 20) for name in names]
+            with grpc.insecure_channel(sidecar.target) as channel:
+                request = pb.GetStreamRequest(objects=rooms)
+                answers = pb_grpc.PageServiceStub(channel).GetStream(request, timeout=30)
+                next(answers)
+                until(lambda: sidecar.metric("kvcodec_streams_in_progress") == 1)
+                assert sidecar.metric("kvcodec_calls_in_progress") == 1
+                assert 8 << 20 <= sidecar.metric("kvcodec_staging_bytes") <= 80 << 20
+                answers.cancel()
+            until(lambda: sidecar.metric("kvcodec_streams_in_progress") == 0)
 
 
 class TestBounds:
