@@ -39,12 +39,16 @@ _SOURCE = "127.0.0.2"
 
 @dataclass(frozen=True)
 class Kind:
-    """What each stream asks for: a method, its request or none, and how much may be answered."""
+    """What each stream asks for: a method, its request or none, and how much may be answered.
+
+    With `claimed` the request is said to be so long.
+    """
 
     path: str
     request: bytes | None
     ends: bool = False
     window: int = 1 << 20
+    claimed: int | None = None
 
 
 KINDS = {
@@ -61,6 +65,8 @@ KINDS = {
     "silent_put": Kind(_SERVICE + "PutStream", None),
     "silent_call": Kind(_SERVICE + "Exists", None),
     "silent_health": Kind("/grpc.health.v1.Health/Check", None),
+    # The beginning of a message of a GiB.
+    "gibibyte": Kind(_SERVICE + "PutStream", bytes(10_000), claimed=1 << 30),
     # Streams whose answers nobody takes.
     "unread_get": Kind(
         _SERVICE + "GetStream",
@@ -120,7 +126,9 @@ class Connection:
             self.open.add(stream)
             self.out += frame(_HEADERS, _END_HEADERS, stream, self._block)
             if self._kind.request is not None:
-                message = struct.pack(">BI", 0, len(self._kind.request)) + self._kind.request
+                request = self._kind.request
+                claimed = self._kind.claimed or len(request)
+                message = struct.pack(">BI", 0, claimed) + request
                 self.out += frame(_DATA, _END_STREAM if self._kind.ends else 0, stream, message)
 
     def send(self) -> None:

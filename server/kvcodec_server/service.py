@@ -65,7 +65,7 @@ def new_grpc_server(
             ("grpc.max_metadata_size", _MAX_METADATA_BYTES),
             ("grpc.absolute_max_metadata_size", _MAX_METADATA_BYTES),
             # Of one connection, which is not all there may be.
-            ("grpc.max_concurrent_streams", max(1, options.grpc_threads // 2)),
+            ("grpc.max_concurrent_streams", max(1, options.grpc_threads // 8)),
             ("grpc.so_reuseport", 0),
             ("grpc.keepalive_time_ms", int(1000 * _PING_SECONDS)),
             ("grpc.keepalive_timeout_ms", int(1000 * _ANSWER_SECONDS)),
@@ -78,7 +78,7 @@ def new_grpc_server(
             ("grpc.max_allowed_incoming_connections", _max_connections()),
             ("grpc.max_connection_idle_ms", int(1000 * _IDLE_SECONDS)),
         ],
-        maximum_concurrent_rpcs=4 * options.grpc_threads,
+        maximum_concurrent_rpcs=2 * options.grpc_threads,
     )
 
 
