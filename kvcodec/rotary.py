@@ -9,19 +9,38 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kvcodec.errors import ConfigError
 
-__all__ = ["INTERLEAVED", "LARGEST_FREQUENCY", "SPLIT", "Rotary"]
+__all__ = ["INTERLEAVED", "LARGEST_FREQUENCY", "SPLIT", "Rotary", "rotary_of_config"]
 
 SPLIT = 0  #: channel i pairs with i + size / 2, as in Llama and Qwen
 INTERLEAVED = 1  #: channel 2i pairs with 2i + 1, as in GPT-J and DeepSeek
 #: Radians per token; a larger one is no position any more.
 LARGEST_FREQUENCY = 8.0
+
+# Models that SGLang serves with pairs of neighbours. The wrong style costs bits, never quality:
+# what does not get narrower is stored as it is.
+_INTERLEAVED_MODELS = frozenset(
+    {
+        "chatglm",
+        "cohere",
+        "cohere2",
+        "deepseek_v2",
+        "deepseek_v3",
+        "glm",
+        "glm4",
+        "gptj",
+        "kimi_k2",
+        "llama4",
+    }
+)
 
 _HEAD = struct.Struct("<HBBI")
 
@@ -116,3 +135,111 @@ class Rotary:
         cosine = np.where((turn == 1) | (turn == 2), -cosine, cosine)
         sine = np.where(turn >= 2, -sine, sine)
         return np.stack([cosine, sine], axis=-1).astype(np.float32)
+
+
+def rotary_of_config(
+    config: Mapping[str, Any], *, style: int | None = None
+) -> tuple[Rotary | None, str]:
+    """The rotation of a model's keys from the fields of its Hugging Face `config.json`.
+
+    Without one that holds for every token and layer, None and the reason: the keys are then stored
+    as they are. `style` overrides what the model's type suggests.
+    """
+    if isinstance(config.get("text_config"), Mapping):
+        config = config["text_config"]
+    parameters = _parameters(config)
+    if any(isinstance(value, Mapping) for value in parameters.values()):
+        return None, "the layers rotate their keys in different ways"
+    if parameters.get("mrope_section"):
+        return None, "mrope turns a token by more than one position"
+    kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
+    if kind not in _SCALINGS:
+        return None, f"rope type {kind!r} does not turn by a fixed angle for each token"
+    try:
+        size = _rotated_channels(config, parameters)
+        theta = float(_wanted({"rope_theta": 10000, **parameters}, "rope_theta"))
+        frequencies = _SCALINGS[kind](theta ** (-np.arange(0, size, 2) / size), theta, parameters)
+        if style is None:
+            style = int(config.get("model_type") in _INTERLEAVED_MODELS)
+        exact = frequencies.astype(np.float32).astype(float)
+        return Rotary(size, style, tuple(exact.tolist())), ""
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        return None, f"rope parameters that make no sense: {error}"
+
+
+_Frequencies = npt.NDArray[np.float64]
+
+
+def _wanted(fields: Mapping[str, Any], name: str) -> float:
+    value = fields.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"{name} is {value!r}; a number above 0 is needed")
+    return value
+
+
+def _parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`rope_parameters`, or what older files say in its place."""
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    defaults = {
+        name: config[name]
+        for name in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+        if config.get(name) is not None
+    }
+    if "original_max_position_embeddings" not in found:
+        defaults.setdefault(
+            "original_max_position_embeddings", config.get("max_position_embeddings")
+        )
+    return {**defaults, **{name: value for name, value in found.items() if value is not None}}
+
+
+def _rotated_channels(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> int:
+    """Channels that are rotated in each row of keys (or of an MLA model's rope part)."""
+    for name in ("qk_rope_head_dim", "rotary_dim"):
+        if config.get(name) is not None:
+            return int(_wanted(config, name))
+    head = config.get("head_dim")
+    if head is None:
+        head = _wanted(config, "hidden_size") // _wanted(config, "num_attention_heads")
+    share = parameters.get("partial_rotary_factor", config.get("rotary_pct"))
+    return int(head * (1 if share is None else share))
+
+
+def _unscaled(plain: _Frequencies, _theta: float, _fields: Mapping[str, Any]) -> _Frequencies:
+    return plain
+
+
+def _linear(plain: _Frequencies, _theta: float, fields: Mapping[str, Any]) -> _Frequencies:
+    return plain / _wanted(fields, "factor")
+
+
+def _llama3(plain: _Frequencies, _theta: float, fields: Mapping[str, Any]) -> _Frequencies:
+    """Slow pairs divided by the factor, fast ones kept, a ramp in turns of the old context."""
+    low, high = (_wanted(fields, f"{name}_freq_factor") for name in ("low", "high"))
+    turns = _wanted(fields, "original_max_position_embeddings") * plain / (2 * math.pi)
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return plain * (kept + (1 - kept) / _wanted(fields, "factor"))
+
+
+def _yarn(plain: _Frequencies, theta: float, fields: Mapping[str, Any]) -> _Frequencies:
+    """As llama3, but the ramp is in indices of pairs."""
+    size, old = 2 * len(plain), _wanted(fields, "original_max_position_embeddings")
+
+    def place(turns: float) -> float:
+        return size * math.log(old / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    fast, slow = place(fields.get("beta_fast") or 32), place(fields.get("beta_slow") or 1)
+    if fields.get("truncate", True):
+        fast, slow = math.floor(fast), math.ceil(slow)
+    fast, slow = max(fast, 0), min(slow, size - 1)
+    slow += 0.001 if fast == slow else 0
+    scaled = np.clip((np.arange(len(plain)) - fast) / (slow - fast), 0, 1)
+    share: _Frequencies = 1 - scaled + scaled / _wanted(fields, "factor")
+    return plain * share
+
+
+_SCALINGS: dict[str, Callable[[_Frequencies, float, Mapping[str, Any]], _Frequencies]] = {
+    "default": _unscaled,
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}
