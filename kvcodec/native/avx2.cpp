@@ -22,6 +22,7 @@
 #include <type_traits>
 
 #include "kvcodec.h"
+#include "lossless.h"
 #include "numerics.h"
 #include "x86_rows.h"
 #include "x86_token.h"
@@ -81,6 +82,26 @@ void decode_section(const SectionCodec& codec, const uint8_t* in, const Rows& ro
 
 uint64_t checksum(const void* data, size_t bytes) { return XXH3_64bits(data, bytes); }
 
+size_t encode_coded(const SectionCodec& codec, const Rows& rows, const kvc_rotary* rotary,
+                    uint8_t* scratch, uint8_t* out) {
+  switch (codec.kind) {
+    case KVC_KIND_BLOCK:
+      return encode_block_avx2(codec, rows, out);
+    default:
+      return kScalarKernels.encode_coded(codec, rows, rotary, scratch, out);
+  }
+}
+
+bool decode_coded(const SectionCodec& codec, const uint8_t* in, size_t stored_bytes,
+                  const Rows& rows, const kvc_rotary* rotary, uint8_t* scratch) {
+  switch (codec.kind) {
+    case KVC_KIND_BLOCK:
+      return decode_block_avx2(codec, in, stored_bytes, rows);
+    default:
+      return kScalarKernels.decode_coded(codec, in, stored_bytes, rows, rotary, scratch);
+  }
+}
+
 }  // namespace
 }  // namespace kvc
 
@@ -103,8 +124,8 @@ bool has_f16c() {
 }  // namespace
 
 const Kernels* avx2_kernels() {
-  static const Kernels kernels = {"avx2", encode_section, decode_section, copy_out, checksum,
-                                  kScalarKernels.encode_coded, kScalarKernels.decode_coded};
+  static const Kernels kernels = {"avx2",   encode_section, decode_section, copy_out,
+                                  checksum, encode_coded,   decode_coded};
   const bool available = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                          __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
                          has_f16c();

@@ -20,7 +20,9 @@
 
 #include <type_traits>
 
+#include "ecq.h"
 #include "kvcodec.h"
+#include "lossless.h"
 #include "numerics.h"
 #include "x86_rows.h"
 #include "x86_token.h"
@@ -82,6 +84,28 @@ void decode_section(const SectionCodec& codec, const uint8_t* in, const Rows& ro
 
 uint64_t checksum(const void* data, size_t bytes) { return XXH3_64bits(data, bytes); }
 
+size_t encode_coded(const SectionCodec& codec, const Rows& rows, const kvc_rotary* rotary,
+                    uint8_t* scratch, uint8_t* out) {
+  switch (codec.kind) {
+    case KVC_KIND_BLOCK:
+      return encode_block_avx512(codec, rows, out);
+    default:
+      return kScalarKernels.encode_coded(codec, rows, rotary, scratch, out);
+  }
+}
+
+bool decode_coded(const SectionCodec& codec, const uint8_t* in, size_t stored_bytes,
+                  const Rows& rows, const kvc_rotary* rotary, uint8_t* scratch) {
+  switch (codec.kind) {
+    case KVC_KIND_ECQ:
+      return decode_ecq_avx512(codec, in, stored_bytes, rows, rotary, scratch);
+    case KVC_KIND_BLOCK:
+      return decode_block_avx512(codec, in, stored_bytes, rows);
+    default:
+      return kScalarKernels.decode_coded(codec, in, stored_bytes, rows, rotary, scratch);
+  }
+}
+
 }  // namespace
 }  // namespace kvc
 
@@ -94,8 +118,17 @@ uint64_t checksum(const void* data, size_t bytes) { return XXH3_64bits(data, byt
 namespace kvc {
 
 const Kernels* avx512_kernels() {
-  static const Kernels kernels = {"avx512", encode_section, decode_section, copy_out, checksum,
-                                  kScalarKernels.encode_coded, kScalarKernels.decode_coded};
+  // Coded sections need VBMI and VBMI2, which the first processors with AVX-512 lack.
+  const bool vbmi = __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+                    __builtin_cpu_supports("bmi2");
+  const Kernels& others = avx2_kernels() != nullptr ? *avx2_kernels() : kScalarKernels;
+  static const Kernels kernels = {"avx512",
+                                  encode_section,
+                                  decode_section,
+                                  copy_out,
+                                  checksum,
+                                  vbmi ? encode_coded : others.encode_coded,
+                                  vbmi ? decode_coded : others.decode_coded};
   const bool available = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   return available ? &kernels : nullptr;

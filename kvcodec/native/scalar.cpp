@@ -7,8 +7,10 @@
 #define XXH_INLINE_ALL
 #include "xxhash.h"
 
+#include "ecq.h"
 #include "kernels.h"
 #include "kvcodec.h"
+#include "lossless.h"
 #include "numerics.h"
 
 namespace kvc {
@@ -428,13 +430,28 @@ void copy_out(uint8_t* target, const uint8_t* source, size_t bytes) {
 
 uint64_t checksum(const void* data, size_t bytes) { return XXH3_64bits(data, bytes); }
 
-size_t encode_coded(const SectionCodec&, const Rows&, const kvc_rotary*, uint8_t*, uint8_t*) {
-  return 0;
+size_t encode_coded(const SectionCodec& codec, const Rows& rows, const kvc_rotary* rotary,
+                    uint8_t* scratch, uint8_t* out) {
+  switch (codec.kind) {
+    case KVC_KIND_ECQ:
+      return encode_ecq(codec, rows, rotary, scratch, out);
+    case KVC_KIND_BLOCK:
+      return encode_block_scalar(codec, rows, out);
+    default:
+      return 0;
+  }
 }
 
-bool decode_coded(const SectionCodec&, const uint8_t*, size_t, const Rows&, const kvc_rotary*,
-                  uint8_t*) {
-  return false;
+bool decode_coded(const SectionCodec& codec, const uint8_t* in, size_t stored_bytes,
+                  const Rows& rows, const kvc_rotary* rotary, uint8_t* scratch) {
+  switch (codec.kind) {
+    case KVC_KIND_ECQ:
+      return decode_ecq(codec, in, stored_bytes, rows, rotary, scratch);
+    case KVC_KIND_BLOCK:
+      return decode_block_scalar(codec, in, stored_bytes, rows);
+    default:
+      return false;
+  }
 }
 
 // a * b, or a number that no limit lets pass.
