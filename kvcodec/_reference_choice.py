@@ -1,4 +1,4 @@
-"""What the encoder of ecq sections measures and decides before the trellis: FORMAT.md 3.9.
+"""What the encoder of ecq sections measures and decides before the trellis: FORMAT.md 3.10.
 
 Arrays hold tiles of one shape: (tiles, ...). Every operation on numbers is one of binary32.
 """

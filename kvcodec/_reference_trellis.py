@@ -1,4 +1,4 @@
-"""The trellis of ecq sections, FORMAT.md 3.6 and 3.9: indices from numbers, and back.
+"""The trellis of ecq sections, FORMAT.md 3.6 and 3.10: indices from numbers, and back.
 
 Arrays are (tiles, steps, lanes); a lane's path runs over the steps it is active in.
 """

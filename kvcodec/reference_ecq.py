@@ -1,5 +1,5 @@
-"""Sections of kind ecq in plain numpy, laid out like 3.5 to 3.9 of proto/FORMAT.md: slow, and the
-oracle of the tests.
+"""Sections of kind ecq in plain numpy, laid out like 3.5 to 3.7 and 3.10 of proto/FORMAT.md: slow,
+and the oracle of the tests.
 
 Rows are arrays of element bits (heads, tokens, head_size) as in `kvcodec.reference`.
 """

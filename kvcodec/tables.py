@@ -151,7 +151,7 @@ def code_lengths(family: int, index: int) -> npt.NDArray[np.int64]:
 
 @lru_cache(maxsize=LARGEST_CLASS + 1)
 def path_costs(index: int) -> npt.NDArray[np.int64]:
-    """What a path of the trellis pays for each index k from -32 to 31, at k + 32: FORMAT.md 3.9."""
+    """What a path of the trellis pays for k from -32 to 31, at k + 32: FORMAT.md 3.10."""
     if class_parts(index)[1] > 0:
         return np.zeros(64, np.int64)
     lengths = np.minimum(code_lengths(0, index), code_lengths(1, index))
