@@ -159,14 +159,10 @@ class StoreCalls:
         sources: Sequence[memoryview],
         seconds: float,
         done: Callable[[], None],
-        first: Callable[[], None] = lambda: None,
     ) -> Pending[PutResult]:
-        """Store objects; `done` as for `get`. They can be put together by `first`, on the thread
-        that then stores them.
-        """
+        """Store objects; `done` as for `get`."""
 
         def call(left: float) -> Sequence[PutResult]:
-            first()
             results = self._store.put(names, sources, timeout_seconds=left)
             self._count_headers("put", sources, [result is None for result in results])
             return results

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -23,13 +24,19 @@ from kvcodec_server.store_calls import Countdown, Pending, StoreCalls
 
 __all__ = ["GetStream", "PutStream", "with_metadata"]
 
-# Staging memory comes in few sizes, so that it is used again.
-_LEAST_STAGING_BYTES = 1 << 20
-# Up to this size what a thread does for an object leaves the caller's free to talk to the network;
-# larger ones would take memory twice.
-_SMALL_BYTES = 8 << 20
-# Objects that are read together, while as many are sent: more of them leave the processor's cache.
-_GROUP_OBJECTS = 2
+# Staging memory comes in few sizes, so that it is used again: so many from one power of two to the
+# next, and none below that many bytes.
+_SIZES_PER_OCTAVE = 8
+_LEAST_STAGING_BYTES = 64 << 10
+# Objects that the store is asked for, or given, in one call: each call wakes a thread, but what lay
+# around for long has left the processor's cache.
+_GROUP_OBJECTS = 16
+_GROUP_BYTES = 8 << 20
+# A store that takes less than this part of the time that sending takes is not read ahead: two
+# threads at work at once cost more than the wait that they save.
+_QUICK = 0.25
+# Calls of the store that may be under way behind one writer.
+_PUTS_UNDER_WAY = 2
 
 
 def with_metadata(outcome: pb.Outcome, page: memoryview) -> None:
@@ -41,22 +48,25 @@ def with_metadata(outcome: pb.Outcome, page: memoryview) -> None:
 
 
 def _staging_bytes(size: int) -> int:
-    return max(_LEAST_STAGING_BYTES, 1 << (size - 1).bit_length())
+    step = max(_LEAST_STAGING_BYTES, (1 << (size - 1).bit_length()) // 2 // _SIZES_PER_OCTAVE)
+    return -(-size // step) * step
 
 
 @dataclass(slots=True)
 class _Group:
-    """Some objects on their way from the store, and what is ready to be sent of them."""
+    """Some objects on their way from the store, and how long that has taken."""
 
     rows: list[memoryview]
     pending: Pending[GetResult] | None
     outcomes: list[pb.Outcome]
-    parts: dict[int, list[bytes]]
     release: Countdown
+    seconds: float = 0.0
 
 
 class GetStream:
-    """What one reader asked for. While a group of objects is sent, the next is read."""
+    """What one reader asked for. While a group of objects is sent, a store that is not quick reads
+    the next.
+    """
 
     def __init__(
         self,
@@ -79,29 +89,31 @@ class GetStream:
             room.capacity = min(room.capacity, options.max_object_bytes)
         self._groups = _grouped(
             request.objects,
-            objects=min(_GROUP_OBJECTS, max(1, calls.pipeline.backend.batch_size)),
-            staging_bytes=options.staging_bytes // (2 * options.max_streams),
+            staging_bytes=min(_GROUP_BYTES, options.staging_bytes // (2 * options.max_streams)),
         )
         self.outcomes: list[pb.Outcome] = []
 
     def parts(self) -> Iterator[pb.GetStreamResponse | bytes]:
         """The messages of the answer, or what is on the wire already."""
         ahead: _Group | None = None
+        quick = True
         for index, rooms in enumerate(self._groups):
             group = ahead or self._start(rooms, self._left())
             ahead = None
             try:
                 outcomes = self._settle(group, rooms)
-                if group is not None and index + 1 < len(self._groups):
+                if group is not None and not quick and index + 1 < len(self._groups):
                     # Who has memory does not wait for more: others might wait for his.
                     ahead = self._start(self._groups[index + 1], 0.0)
+                started = time.monotonic()
                 for place, outcome in enumerate(outcomes):
                     self.outcomes.append(outcome)
                     if group is None or outcome.status != pb.STATUS_OK:
                         yield pb.GetStreamResponse(outcome=outcome)
                     else:
-                        row = group.rows[place][: outcome.length]
-                        yield from group.parts.get(place) or _parts(outcome, row)
+                        yield from _parts(outcome, group.rows[place][: outcome.length])
+                if group is not None:
+                    quick = group.seconds < _QUICK * (time.monotonic() - started)
             except BaseException:
                 if ahead is not None:
                     ahead.release()
@@ -125,23 +137,19 @@ class GetStream:
         free = partial(buffers.release, buffer)
         if self.raw is not None:
             outcomes = self.raw.get(names, rows, self._left())
-            return _Group(rows, None, outcomes, {}, Countdown(1, free))
-        outcomes = [pb.Outcome() for _ in rooms]
-        parts: dict[int, list[bytes]] = {}
-        release = Countdown(2, free)
+            return _Group(rows, None, outcomes, Countdown(1, free))
+        group = _Group(rows, None, [pb.Outcome() for _ in rooms], Countdown(2, free))
+        started = time.monotonic()
 
         def prepare(results: Sequence[GetResult]) -> None:
             for place, (result, row) in enumerate(zip(results, rows, strict=True)):
-                outcome = outcomes[place] = get_outcome(result, len(row))
-                if outcome.status == pb.STATUS_OK:
-                    page = row[: outcome.length]
-                    if self._with_metadata:
-                        with_metadata(outcome, page)
-                    if outcome.length <= _SMALL_BYTES:
-                        parts[place] = list(_parts(outcome, page))
+                outcome = group.outcomes[place] = get_outcome(result, len(row))
+                if outcome.status == pb.STATUS_OK and self._with_metadata:
+                    with_metadata(outcome, row[: outcome.length])
+            group.seconds = time.monotonic() - started
 
-        pending = self._calls.get(names, rows, self._left(), release, prepare)
-        return _Group(rows, pending, outcomes, parts, release)
+        group.pending = self._calls.get(names, rows, self._left(), group.release, prepare)
+        return group
 
     def _settle(self, group: _Group | None, rooms: Sequence[pb.ObjectRoom]) -> list[pb.Outcome]:
         if group is None:
@@ -166,9 +174,7 @@ def _parts(outcome: pb.Outcome, data: memoryview) -> Iterator[bytes]:
         yield get_part(None if index else message, chunk)
 
 
-def _grouped(
-    rooms: Sequence[pb.ObjectRoom], *, objects: int, staging_bytes: int
-) -> list[list[pb.ObjectRoom]]:
+def _grouped(rooms: Sequence[pb.ObjectRoom], *, staging_bytes: int) -> list[list[pb.ObjectRoom]]:
     """Cut a request into groups that fit the share that one reader has of the staging memory."""
     groups: list[list[pb.ObjectRoom]] = []
     largest = 0
@@ -177,7 +183,7 @@ def _grouped(
         largest = max(largest, size)
         if (
             not groups
-            or len(groups[-1]) == objects
+            or len(groups[-1]) == _GROUP_OBJECTS
             or largest * (len(groups[-1]) + 1) > staging_bytes
         ):
             groups.append([])
@@ -186,15 +192,58 @@ def _grouped(
     return groups
 
 
+class _PutGroup:
+    """Some objects that are given to the store together, and its answers."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.data: list[memoryview] = []
+        self._releases: list[Callable[[], None]] = []
+        self._pending: Pending[PutResult] | None = None
+        self._results: list[PutResult] = []
+
+    def add(self, name: str, data: memoryview, release: Callable[[], None]) -> int:
+        """One more object; its place."""
+        self.names.append(name)
+        self.data.append(data)
+        self._releases.append(release)
+        return len(self.names) - 1
+
+    def is_full(self) -> bool:
+        """Whether it is worth a call of the store."""
+        return len(self.names) >= _GROUP_OBJECTS or sum(map(len, self.data)) >= _GROUP_BYTES // 2
+
+    def start(self, calls: StoreCalls, seconds: float) -> None:
+        """Give them to the store."""
+        self._pending = calls.put(self.names, self.data, seconds, self._release)
+
+    def settle(self) -> None:
+        """Wait for the store."""
+        if self._pending is not None:
+            self._results, _ = self._pending.wait()
+            self._pending = None
+
+    def outcome(self, place: int) -> pb.Outcome:
+        """What became of the object there, once it is settled."""
+        return put_outcome(self._results[place], len(self.data[place]))
+
+    def _release(self) -> None:
+        for release in self._releases:
+            release()
+        self._releases.clear()
+
+
 class PutStream:
-    """What one writer sends. While an object is received, those before it are stored."""
+    """What one writer sends. While objects are received, those before them are stored."""
 
     def __init__(self, calls: StoreCalls, options: ServerOptions, deadline: float) -> None:
         self._calls = calls
         self._options = options
         self._deadline = deadline
         self.raw: RawPages | None = None
-        self._answers: list[tuple[int, Pending[PutResult]] | pb.Outcome] = []
+        self._answers: list[tuple[_PutGroup, int] | pb.Outcome] = []
+        self._group = _PutGroup()
+        self._under_way: deque[_PutGroup] = deque()
 
     def receive(
         self, requests: Iterator[tuple[pb.PutStreamRequest | None, memoryview]]
@@ -209,14 +258,17 @@ class PutStream:
             raise ConfigError("a stream of objects begins with its header")
         if message.header.HasField("raw"):
             self.raw = RawPages(self._calls, message.header.raw, self._options.max_object_bytes)
-        for message, chunk in requests:
-            if message is None or not message.HasField("start"):
-                raise ConfigError("an object begins with its name and length")
-            self._object(message.start, chain([chunk], _continued(requests)))
+        try:
+            for message, chunk in requests:
+                if message is None or not message.HasField("start"):
+                    raise ConfigError("an object begins with its name and length")
+                self._object(message.start, chain([chunk], _continued(requests)))
+        finally:
+            self._store()
+        for group in self._under_way:
+            group.settle()
         return [
-            answer
-            if isinstance(answer, pb.Outcome)
-            else put_outcome(answer[1].wait()[0][0], answer[0])
+            answer if isinstance(answer, pb.Outcome) else answer[0].outcome(answer[1])
             for answer in self._answers
         ]
 
@@ -231,33 +283,38 @@ class PutStream:
             )
         if len(self._answers) >= options.max_objects:
             raise ConfigError(f"more than {options.max_objects} objects in a call (max_objects)")
-        buffer = buffers.acquire(_staging_bytes(start.length), self._left())
+        size = _staging_bytes(start.length)
+        buffer = buffers.acquire(size, 0.0)
+        if buffer is None:
+            self._store()  # what waits for company has memory that comes free by that
+            buffer = buffers.acquire(size, self._left())
         if buffer is None:
             for _ in _whole(start, received):
                 pass
             self._answers.append(outcome_of(self._calls.no_memory("put")))
             return
         release = partial(buffers.release, buffer)
-        target = buffer.data[: start.length]
-        late: list[memoryview] = []
         try:
-            if self.raw is None and start.length <= _SMALL_BYTES:
-                late = list(_whole(start, received))
-            else:
-                _fill(target, _whole(start, received))
+            data = _assembled(buffer.data[: start.length], _whole(start, received))
         except BaseException:
             release()
             raise
         if self.raw is not None:
-            self._answers += self.raw.put([start.name], [target], self._left(), release)
+            self._answers += self.raw.put([start.name], [data], self._left(), release)
             return
-        if len(late) == 1:
-            # It lies in one piece already; the buffer only counts it among the staging memory.
-            pending = self._calls.put([start.name], late, self._left(), release)
-        else:
-            first = partial(_fill, target, late)
-            pending = self._calls.put([start.name], [target], self._left(), release, first)
-        self._answers.append((start.length, pending))
+        self._answers.append((self._group, self._group.add(start.name, data, release)))
+        if self._group.is_full():
+            self._store()
+
+    def _store(self) -> None:
+        """Give the store what was received, after it has answered to most of what it has."""
+        if not self._group.names:
+            return
+        if len(self._under_way) == _PUTS_UNDER_WAY:
+            self._under_way.popleft().settle()
+        self._group.start(self._calls, self._left())
+        self._under_way.append(self._group)
+        self._group = _PutGroup()
 
     def _left(self) -> float:
         return max(0.0, self._deadline - time.monotonic())
@@ -285,9 +342,14 @@ def _whole(start: pb.ObjectStart, received: Iterator[memoryview]) -> Iterator[me
     raise ConfigError(f"object {start.name} of {start.length} bytes was cut off after {at}")
 
 
-def _fill(target: memoryview, parts: Iterable[memoryview]) -> None:
-    """Put an object together; not under the GIL."""
+def _assembled(target: memoryview, parts: Iterator[memoryview]) -> memoryview:
+    """An object in one piece. One that comes in one stays where it is: the target then only counts
+    it among the staging memory.
+    """
     array, at = np.frombuffer(target, np.uint8), 0
     for part in parts:
-        array[at : at + len(part)] = np.frombuffer(part, np.uint8)
+        if len(part) == len(target):
+            return part
+        array[at : at + len(part)] = np.frombuffer(part, np.uint8)  # not under the GIL
         at += len(part)
+    return target
