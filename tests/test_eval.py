@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -454,3 +456,24 @@ def test_change_of_the_function_is_noticed():
 
 def test_rows_become_json(found):
     json.dumps(rows(found[Mode.CONTEXT]), allow_nan=False)
+
+
+def test_memory_of_large_tensors_is_kept():
+    """In a process of its own: what was freed is taken again without a page fault."""
+    code = (
+        "import resource, sys, numpy as np\n"
+        "from kvcodec.eval.memory import keep_memory\n"
+        "assert sys.argv[1] == 'no' or keep_memory()\n"
+        "np.ones(1 << 21); before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(20): np.ones(1 << 21)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+    )
+    faults = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", code, word], check=True, capture_output=True
+            ).stdout
+        )
+        for word in ("yes", "no")
+    ]
+    assert faults[0] < 100 < faults[1]

@@ -26,6 +26,8 @@ from train_small_lm_corpus import BOS, HeldOut, prepare
 from train_small_lm_models import CONTEXT, MODELS, build, quick_norms
 from transformers import PreTrainedTokenizerFast
 
+from kvcodec.eval.memory import keep_memory
+
 RATE = 3e-3
 BATCH = 2  # small: what counts in an hour of one thread is the number of steps
 WARM_UP_STEPS = 100
@@ -173,6 +175,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=48, help="text to train on")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_memory()
     quick_norms()
     corpus = options.folder / "corpus"
     tokenizer, tokens, held_out, texts = prepare(corpus, options.megabytes * 1_000_000)

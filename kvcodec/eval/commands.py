@@ -99,6 +99,7 @@ def evaluate(
     them, and the model predicts a text from what comes back.
     """
     try:
+        from kvcodec.eval.memory import keep_memory
         from kvcodec.eval.report import draw, show, show_layers
         from kvcodec.eval.session import Session, run_session
     except ImportError as error:
@@ -121,6 +122,7 @@ def evaluate(
         cache=cache,
         device=device,
     )
+    keep_memory()
     document = run_session(session)
     if plot is not None:
         draw(document["rows"], Path(model).name, plot)
