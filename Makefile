@@ -69,14 +69,14 @@ native-test-thread: build/thread/driver
 	$< threads
 	$< compare 30
 
-# Phony, for Ninja knows what is up to date.
+# Phony, for Ninja knows what is up to date. It would look for make's jobs in MAKEFLAGS, and complain.
 .PHONY: build/address/driver build/thread/driver native-test-address native-test-thread
 build/address/driver: SANITIZERS := address,undefined
 build/thread/driver: SANITIZERS := thread
 build/address/driver build/thread/driver: $(INSTALLED)
 	$(BIN)/cmake -S kvcodec/native -B $(@D) -G Ninja -DKVCODEC_SANITIZE=$(SANITIZERS) \
 	  -DKVCODEC_WERROR=ON -DKVCODEC_BUILD_TESTS=ON -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
-	$(BIN)/cmake --build $(@D) --target driver
+	MAKEFLAGS= $(BIN)/cmake --build $(@D) --target driver
 
 neon-test:  ## the NEON kernels on an emulated processor, against the portable ones
 	tests/native/run_neon_qemu.sh
