@@ -69,7 +69,7 @@ native-test-thread: build/thread/driver
 	$< threads
 	$< compare 30
 
-# Phony, for Ninja knows what is up to date. It would look for make's jobs in MAKEFLAGS, and complain.
+# Phony, for Ninja knows what is up to date. In MAKEFLAGS it would find jobs that are not its own.
 .PHONY: build/address/driver build/thread/driver native-test-address native-test-thread
 build/address/driver: SANITIZERS := address,undefined
 build/thread/driver: SANITIZERS := thread

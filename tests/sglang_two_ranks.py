@@ -25,7 +25,7 @@ from typing import Any
 
 RANKS = 2
 # From its fork on; it is killed then.
-RANK_SECONDS = 120
+RANK_SECONDS = 240
 # What a session imports besides SGLang's plugins, and starts no thread.
 IMPORTS = (
     "sglang.srt.arg_groups.pipeline",
