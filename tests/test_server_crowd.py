@@ -22,7 +22,7 @@ from kvcodec.backend import open_backend
 from kvcodec.errors import BackendTimeout
 from kvcodec_proto.v1 import service_pb2 as pb
 from kvcodec_proto.v1.service_pb2_grpc import PageServiceStub
-from kvcodec_server import service
+from kvcodec_server import _receiving, service
 from kvcodec_server._places import Crowded, Places
 from kvcodec_server.access import Gate
 from kvcodec_server.service import PageServer, ServerOptions, new_grpc_server
@@ -278,6 +278,64 @@ def test_thousands_of_streams_are_refused_and_others_are_served(tmp_path):
     assert len(answers) > 50
     assert not [answer for answer in answers if isinstance(answer, BackendTimeout)]
     assert answers.count(len(data)) > 0.95 * len(answers)
+
+
+# Messages that are too long
+
+
+SENDS_THREE = """
+import grpc, sys
+message = bytes(400 << 20)
+with grpc.insecure_channel(sys.argv[1], [("grpc.max_send_message_length", -1)]) as channel:
+    put = channel.stream_unary("/kvcodec.v1.PageService/PutStream")
+    exists = channel.unary_unary("/kvcodec.v1.PageService/Exists")
+    calls = [put.future(iter([message]), timeout=40) for _ in range(2)]
+    calls.append(exists.future(message, timeout=40))
+    print(*(call.code().name for call in calls if call.exception()))
+"""
+
+
+def test_long_messages_are_not_waited_for(tmp_path):
+    """gRPC refuses a message that is too long when it has it, all of it."""
+    with SidecarProcess(tmp_path) as sidecar:
+        before, most = held_by(sidecar.pid)[0], 0
+        with subprocess.Popen(
+            [sys.executable, "-c", SENDS_THREE, sidecar.target], stdout=subprocess.PIPE, text=True
+        ) as client:
+            while client.poll() is None:
+                most = max(most, held_by(sidecar.pid)[0])
+                time.sleep(0.02)
+            assert client.stdout is not None
+            ended = client.stdout.read().split()
+        assert len(ended) == 3
+        assert set(ended) <= {"CANCELLED", "RESOURCE_EXHAUSTED"}
+        assert most < before + 800
+        exists(sidecar.port)
+
+
+@pytest.mark.parametrize(("waited", "grown", "ended"), [(9, 1, True), (9, 0, False), (0, 1, False)])
+def test_only_who_waits_while_the_process_grows_is_ended(monkeypatch, waited, grown, ended):
+    receiving, left = _receiving.Receiving(), threading.Event()
+    going_on = threading.Event()
+
+    def requests():
+        yield "first"
+        going_on.wait(10)
+        yield "second"
+
+    messages = receiving.each(requests(), left.set)
+    assert next(messages) == "first"
+    assert not receiving.waiting
+    reader = threading.Thread(target=lambda: list(messages))
+    reader.start()
+    until(lambda: receiving.waiting)
+    monkeypatch.setattr(_receiving, "_PATIENCE_SECONDS", -1.0 if waited else 9.0)
+    own_bytes = _receiving._watcher.own_bytes
+    receiving.end_those_that_swell(own_bytes + grown * (1 << 30))
+    assert left.is_set() == ended
+    going_on.set()
+    reader.join()
+    assert not receiving.waiting
 
 
 # Connections that say nothing

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import grpc
 
 from kvcodec.errors import BackendError
+from kvcodec_server._receiving import Receiving
 
 __all__ = ["Admission", "Crowded", "Place", "Places"]
 
@@ -104,6 +105,7 @@ class Admission(grpc.ServerInterceptor):
         self._limit = limit
         self._refused = refused
         self._places = Places()
+        self._receiving = Receiving()
 
     def intercept_service(
         self,
@@ -115,7 +117,7 @@ class Admission(grpc.ServerInterceptor):
         if handler is None:
             return None
         codecs = handler.request_deserializer, handler.response_serializer
-        read = (lambda requests, _: requests) if handler.request_streaming else _only
+        read = self._each if handler.request_streaming else self._only
         if handler.response_streaming:
             serve = handler.stream_stream or handler.unary_stream
             assert serve is not None
@@ -152,10 +154,12 @@ class Admission(grpc.ServerInterceptor):
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"calls: {error} (grpc_threads)")
             raise AssertionError("abort raises") from error
 
+    def _each(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+        return self._receiving.each(requests, context.cancel)
 
-def _only(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:  # noqa: ANN401
-    """The request of a call that has one."""
-    for request in requests:
-        return request
-    context.abort(grpc.StatusCode.UNIMPLEMENTED, "this call has one request, and none came")
-    raise AssertionError("abort raises")
+    def _only(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Any:  # noqa: ANN401
+        """The request of a call that has one."""
+        for request in self._receiving.each(requests, context.cancel):
+            return request
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "this call has one request, and none came")
+        raise AssertionError("abort raises")
