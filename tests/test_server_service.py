@@ -493,7 +493,9 @@ def test_a_message_of_a_gibibyte_is_refused(host):
     message = bytes(1 << 30)
     with pytest.raises(grpc.RpcError) as raised:
         send(iter([message]), timeout=20)
-    assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    # Cancelled if it is still on its way when it has grown too large.
+    refusals = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED)
+    assert raised.value.code() in refusals
     assert host.store.objects == {}
     del message
     assert resident_bytes() - before < 1.2 * (1 << 30)  # this process is the client, too
