@@ -5,6 +5,7 @@ bit back, damage found.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +22,17 @@ from kvcodec.format import EncodedPage
 from kvcodec.identity import Namespace
 from kvcodec.layout import DType, PageLayout, PageViews
 from kvcodec.plan import PagePlan
-from kvcodec.reference_lossless import decode_block, encode_block
+from kvcodec.reference_lossless import (
+    decode_block,
+    decode_lossless,
+    encode_block,
+    encode_lossless,
+)
 from kvcodec.spec import CodecSpec
 from kvcodec.testing.strategies import head_sizes
 
 KEY = "10551e55"
-TEXTS = ["lossless-fast"]
+TEXTS = ["lossless-fast", "lossless", "lossless-channel"]
 DTYPES = [DType.BF16, DType.FP16]
 SHAPES = [  # heads, tokens, head size
     (1, 1, 200),
@@ -36,7 +42,7 @@ SHAPES = [  # heads, tokens, head size
     (1, 200, 80),
     (5, 7, 96),
     (2, 33, 129),
-    (70, 3, 64),
+    (70, 2, 40),
     (1, 9, 576),
     (2, 128, 61),
 ]
@@ -108,7 +114,9 @@ def section_of(page: bytes) -> bytes:
 
 
 def reference_encode(text: str, rows: Rows, dtype: DType) -> bytes:
-    return encode_block(rows, dtype)
+    if text == "lossless-fast":
+        return encode_block(rows, dtype)
+    return encode_lossless(rows, dtype, per_channel="channel" in text)
 
 
 def reference_decode(
@@ -116,9 +124,20 @@ def reference_decode(
 ) -> Rows | None:
     """None: damaged."""
     try:
-        return decode_block(stored, shape, dtype)
+        if text == "lossless-fast":
+            return decode_block(stored, shape, dtype)
+        return decode_lossless(stored, shape, dtype, per_channel="channel" in text)
     except DamagedSection:
         return None
+
+
+@lru_cache(maxsize=1000)
+def expected_section(text: str, seed: int, shape: tuple[int, int, int], dtype: DType) -> bytes:
+    """What the reference writes, and has read again."""
+    rows = make_section(seed, shape, dtype)
+    stored = reference_encode(text, rows, dtype)
+    assert np.array_equal(reference_decode(text, stored, shape, dtype), rows)
+    return stored
 
 
 def read_page(codec: Codec, plan: PagePlan, page: bytes) -> Rows | None:
@@ -142,10 +161,8 @@ def test_bytes_are_those_of_the_reference(
     for seed in range(5):
         rows = make_section(seed, shape, dtype)
         page = write_page(codec, plan, rows, heads_inside=seed % 2 == 0)
-        stored = section_of(page)
-        assert stored == reference_encode(text, rows, dtype)
+        assert section_of(page) == expected_section(text, seed, shape, dtype)
         assert (read_page(codec, plan, page) == rows).all()
-        assert (reference_decode(text, stored, shape, dtype) == rows).all()
 
 
 @settings(max_examples=40, deadline=None)
@@ -192,17 +209,26 @@ def test_noise_is_stored_raw(codec: Codec, isa: str, text: str):
         assert section_of(page) == rows.tobytes()
 
 
+def narrow_section(shape: tuple[int, int, int], dtype: DType) -> Rows:
+    """Three exponents and all signs and mantissas: small in every codec, with few escapes."""
+    random = np.random.default_rng(1)
+    shift = 7 if dtype is DType.BF16 else 10
+    exponent = random.choice([11, 12, 13, 3], shape, p=[0.3, 0.4, 0.29, 0.01])
+    rest = random.integers(0, 1 << shift, shape) | random.integers(0, 2, shape) << 15
+    return (exponent << shift | rest).astype(np.uint16)
+
+
 def damaged_pages(page: bytes, random: np.random.Generator) -> Iterator[bytes]:
     """The page with bits of its first section turned, and right checksums."""
     header = EncodedPage.parse(page).header
     start, size = header.section_offsets[0], header.stored_bytes[0]
-    places = [*range(min(size, 80)), *(size - 1 - i for i in range(72))]
-    places += random.integers(0, size, 150).tolist()
+    places = [*range(0, 80, 2), *(size - 1 - i for i in range(0, 72, 3))]
+    places += random.integers(0, size, 60).tolist()
     for place in places:
         made = bytearray(page)
         made[start + place] ^= 1 << int(random.integers(8))
         yield bytes(reseal(made))
-    for _ in range(20):
+    for _ in range(12):
         made = bytearray(page)
         at = start + int(random.integers(0, size))
         end = min(start + size, at + int(random.integers(1, 400)))
@@ -216,7 +242,7 @@ def test_all_readers_agree_on_damage(codec: Codec, text: str, dtype: DType):
     """With right checksums: each refuses what the reference refuses, and reads what it reads."""
     shape = (2, 20, 72)
     plan = plan_of(text, shape, dtype)
-    page = write_page(codec, plan, make_section(0, shape, dtype))
+    page = write_page(codec, plan, narrow_section(shape, dtype))
     before = native.isa()
     refused = 0
     for made in damaged_pages(page, np.random.default_rng(7)):
@@ -228,7 +254,7 @@ def test_all_readers_agree_on_damage(codec: Codec, text: str, dtype: DType):
             assert (found is None) == (expected is None)
             assert expected is None or (found == expected).all()
     native.set_isa(before)
-    assert refused > 100
+    assert refused > 60
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -236,7 +262,7 @@ def test_verification_finds_what_decoding_finds(codec: Codec, isa: str, text: st
     """Without a row to write to."""
     shape = (2, 20, 72)
     plan = plan_of(text, shape, DType.BF16)
-    page = write_page(codec, plan, make_section(0, shape, DType.BF16))
+    page = write_page(codec, plan, narrow_section(shape, DType.BF16))
     made = [page, *damaged_pages(page, np.random.default_rng(3))][::5]
     rows = [np.zeros((1, 1, *shape), np.uint16)] * 2
     strides = PageViews.of_arrays(plan.layout, rows).strides

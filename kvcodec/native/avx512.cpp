@@ -99,6 +99,8 @@ bool decode_coded(const SectionCodec& codec, const uint8_t* in, size_t stored_by
   switch (codec.kind) {
     case KVC_KIND_ECQ:
       return decode_ecq_avx512(codec, in, stored_bytes, rows, rotary, scratch);
+    case KVC_KIND_LOSSLESS:
+      return decode_lossless_avx512(codec, in, stored_bytes, rows, scratch);
     case KVC_KIND_BLOCK:
       return decode_block_avx512(codec, in, stored_bytes, rows);
     default:

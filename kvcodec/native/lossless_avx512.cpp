@@ -16,6 +16,7 @@
 #include <string.h>
 
 #include "kvcodec.h"
+#include "lossless_coded.h"
 #include "lossless_element.h"
 #include "x86_rows.h"
 
@@ -106,6 +107,36 @@ struct BlockWriter {
   }
 };
 
+// Elements from their high and low bytes.
+template <typename Element, bool kStream>
+struct ElementStore {
+  static KVC_INLINE void join(__m512i high, __m512i low, uint8_t* target) {
+    put_in_order(&high, &low);
+    store(target, _mm512_unpacklo_epi8(low, high));
+    store(target + 64, _mm512_unpackhi_epi8(low, high));
+  }
+
+  // The first 32 of them.
+  static KVC_INLINE void join_half(__m512i high, __m512i low, uint8_t* target) {
+    put_in_order(&high, &low);
+    store(target, _mm512_unpacklo_epi8(low, high));
+  }
+
+ private:
+  // Unpacking works in each quarter of a vector: its lower half makes the first 32 elements.
+  static KVC_INLINE void put_in_order(__m512i* high, __m512i* low) {
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    *high = _mm512_permutexvar_epi64(order, *high);
+    *low = _mm512_permutexvar_epi64(order, *low);
+  }
+
+  static KVC_INLINE void store(uint8_t* target, __m512i words) {
+    if (Element::kRotated) words = _mm512_shrdi_epi16(words, words, 1);
+    if (kStream) return _mm512_stream_si512(reinterpret_cast<__m512i*>(target), words);
+    _mm512_storeu_si512(target, words);
+  }
+};
+
 template <typename Element>
 struct BlockReader {
   template <bool kStream>
@@ -130,25 +161,16 @@ struct BlockReader {
       high = _mm512_mask_add_epi8(high, bit9, high, _mm512_set1_epi8(2));
       high = _mm512_mask_add_epi8(high, bit8, high, _mm512_set1_epi8(1));
     }
-    // Unpacking works in each quarter of a vector: its lower half makes the first 32 elements.
-    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-    high = _mm512_permutexvar_epi64(order, high);
-    const __m512i low = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(low_bytes));
-    store<kStream>(target, _mm512_unpacklo_epi8(low, high));
-    store<kStream>(target + 64, _mm512_unpackhi_epi8(low, high));
+    ElementStore<Element, kStream>::join(high, _mm512_loadu_si512(low_bytes), target);
     return escapes + __builtin_popcountll(escaped);
-  }
-
- private:
-  template <bool kStream>
-  static KVC_INLINE void store(uint8_t* target, __m512i words) {
-    if (Element::kRotated) words = _mm512_shrdi_epi16(words, words, 1);
-    if (kStream) return _mm512_stream_si512(reinterpret_cast<__m512i*>(target), words);
-    _mm512_storeu_si512(target, words);
   }
 };
 
 #include "lossless_block.h"
+
+#include "coded_avx512.h"
+#include "turn_avx512.h"
+#include "lossless_avx512.h"
 
 }  // namespace
 
@@ -160,6 +182,19 @@ bool decode_block_avx512(const SectionCodec& codec, const uint8_t* in, size_t st
                          const Rows& rows) {
   const bool stream = rows_aligned(rows, size_t{2} * rows.head_size, 64);
   const bool whole = decode_block_section(codec, in, stored_bytes, rows, stream);
+  if (stream) _mm_sfence();
+  return whole;
+}
+
+bool decode_lossless_avx512(const SectionCodec& codec, const uint8_t* in, size_t stored_bytes,
+                            const Rows& rows, uint8_t* scratch) {
+  LosslessScratch& work = *reinterpret_cast<LosslessScratch*>(scratch);
+  const bool stream = rows_aligned(rows, size_t{2} * rows.head_size, 64);
+  const auto decode =
+      codec.dtype == KVC_BF16
+          ? (stream ? decode_coded_rows<Bf16Bytes, true> : decode_coded_rows<Bf16Bytes, false>)
+          : (stream ? decode_coded_rows<Fp16Bytes, true> : decode_coded_rows<Fp16Bytes, false>);
+  const bool whole = decode(codec, in, stored_bytes, rows, work);
   if (stream) _mm_sfence();
   return whole;
 }

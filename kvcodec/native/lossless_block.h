@@ -229,27 +229,6 @@ KVC_OUTLINE const uint8_t* decode_tail(uint8_t* target, uint32_t count, const ui
   return escapes;
 }
 
-// A page is decoded section by section, and the next one lies behind this one: fetched while this
-// one is written, its checksum finds it in the second-level cache. (Behind the last section this
-// reads some lines in vain.)
-class SectionBehind {
- public:
-  SectionBehind(const uint8_t* in, size_t stored_bytes, const Rows& rows)
-      : at_(reinterpret_cast<uintptr_t>(in) + pad64(stored_bytes)),
-        row_bytes_(stored_bytes / (size_t{rows.head_count} * rows.token_count) + 1) {}
-
-  // The share of one row.
-  KVC_INLINE void fetch() {
-    owed_ += row_bytes_;
-    for (; owed_ >= 64; owed_ -= 64, at_ += 64) prefetch(at_);
-  }
-
- private:
-  uintptr_t at_;
-  size_t row_bytes_;
-  size_t owed_ = 0;
-};
-
 template <typename Element, bool kStream>
 bool decode_block_rows(const uint8_t* in, size_t stored_bytes, const Rows& rows) {
   const BlockLayout layout(rows, Element::kPlanes);
@@ -259,7 +238,8 @@ bool decode_block_rows(const uint8_t* in, size_t stored_bytes, const Rows& rows)
   const uint8_t* bases = in + layout.bases;
   const uint8_t* escapes = in + layout.escapes;
   const uint32_t whole = layout.blocks - (layout.tail != 0);
-  SectionBehind behind(in, stored_bytes, rows);
+  SectionBehind behind(in, stored_bytes,
+                       uint64_t{rows.head_count} * rows.token_count * rows.head_size);
   for (uint32_t head = 0; head < rows.head_count; ++head) {
     const uint32_t count = load32(in + kPreambleBytes + sizeof count * head);
     if (rows.base == nullptr) {
@@ -271,7 +251,7 @@ bool decode_block_rows(const uint8_t* in, size_t stored_bytes, const Rows& rows)
     const uint8_t* const end = escapes + count;
     for (uint32_t token = 0; token < rows.token_count; ++token) {
       uint8_t* target = rows.row(head, token);
-      behind.fetch();
+      behind.fetch(rows.head_size);
       for (uint32_t block = 0; block < whole; ++block) {
         if (escapes > end) return false;
         escapes = BlockReader<Element>::template decode<kStream>(target, low_bytes, planes, *bases,

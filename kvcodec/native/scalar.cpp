@@ -435,6 +435,8 @@ size_t encode_coded(const SectionCodec& codec, const Rows& rows, const kvc_rotar
   switch (codec.kind) {
     case KVC_KIND_ECQ:
       return encode_ecq(codec, rows, rotary, scratch, out);
+    case KVC_KIND_LOSSLESS:
+      return encode_lossless_scalar(codec, rows, scratch, out);
     case KVC_KIND_BLOCK:
       return encode_block_scalar(codec, rows, out);
     default:
@@ -447,6 +449,8 @@ bool decode_coded(const SectionCodec& codec, const uint8_t* in, size_t stored_by
   switch (codec.kind) {
     case KVC_KIND_ECQ:
       return decode_ecq(codec, in, stored_bytes, rows, rotary, scratch);
+    case KVC_KIND_LOSSLESS:
+      return decode_lossless_scalar(codec, in, stored_bytes, rows, scratch);
     case KVC_KIND_BLOCK:
       return decode_block_scalar(codec, in, stored_bytes, rows);
     default:
