@@ -24,6 +24,7 @@ from kvcodec.eval.runner import Mode, Options, measure, windows_of  # noqa: E402
 from kvcodec.identity import Identity, Namespace  # noqa: E402
 from kvcodec.layout import DType, PageLayout  # noqa: E402
 from kvcodec.plan import PagePlan  # noqa: E402
+from kvcodec.rotary import rotary_of_config  # noqa: E402
 from kvcodec.spec import CodecSpec  # noqa: E402
 
 VOCABULARY, LAYERS, KV_HEADS, HEAD = 96, 2, 2, 64
@@ -259,6 +260,22 @@ def test_bits_of_a_window_are_those_of_its_pages_and_its_raw_sinks(model, tokens
         plan = PagePlan.build(namespace, CodecSpec.parse("raw").section_codecs(layout), 64)
         pages = 8 * plan.page_bytes / (layout.raw_bytes / 2)
         assert row["bits_per_value"] == pytest.approx(pages + 16 * sinks / 96)
+
+
+def test_rotation_of_the_models_keys_reaches_the_codec(tokens, codec):
+    """Keys with a large bias in fast pairs: turned back within the page, they are narrow again."""
+    biased = tiny("Qwen2")
+    for layer in biased.model.layers:
+        layer.self_attn.k_proj.bias.data.view(KV_HEADS, HEAD)[:, :4] = 100.0
+    rotary, _ = rotary_of_config(biased.config.to_dict())
+    assert rotary is not None
+    specs = [
+        SpecCodec("ecq-3", codec, "plain"),
+        SpecCodec("ecq-3", codec, "turned back", rotary=rotary),
+    ]
+    row = rows(run(CachedModel(biased), tokens[:176], specs, Options(context=128, page_size=64)))
+    assert row["turned back"]["attention_kl"] < 0.5 * row["plain"]["attention_kl"]
+    assert row["turned back"]["value_mse"] == row["plain"]["value_mse"]
 
 
 # --- options

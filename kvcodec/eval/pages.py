@@ -13,6 +13,7 @@ from kvcodec.eval.protocol import RoundTrip
 from kvcodec.identity import Identity, Namespace
 from kvcodec.layout import DType, PageLayout, PageViews
 from kvcodec.plan import PagePlan, check_spec
+from kvcodec.rotary import Rotary
 from kvcodec.spec import CodecSpec
 
 if TYPE_CHECKING:
@@ -25,12 +26,17 @@ _BATCH = 8  # pages encoded at a time
 
 
 class SpecCodec:
-    """A spec, measured in the bytes of its pages: headers, keys, checksums and padding included."""
+    """A spec, measured in the bytes of its pages: headers, keys, checksums and padding included.
 
-    def __init__(self, text: str, codec: Codec, name: str = "") -> None:
+    `rotary` is how the model rotates its keys, for specs that can use it.
+    """
+
+    def __init__(
+        self, text: str, codec: Codec, name: str = "", rotary: Rotary | None = None
+    ) -> None:
         self.spec = CodecSpec.parse(text)
         self.name = name or text
-        self._codec = codec
+        self._codec, self._rotary = codec, rotary
 
     def roundtrip_pages(self, keys: Tensor, values: Tensor) -> RoundTrip:
         """Encode every page, decode it into other memory, and count the bytes in between."""
@@ -47,7 +53,8 @@ class SpecCodec:
         )
         check_spec(self.spec, layout, 0)
         namespace = Namespace(Identity.of(model="eval"), layout)
-        plan = PagePlan.build(namespace, self.spec.section_codecs(layout), len(_KEY))
+        codecs = self.spec.section_codecs(layout)
+        plan = PagePlan.build(namespace, codecs, len(_KEY), rotary=self._rotary)
         arrays = [_bits(keys), _bits(values)]
         decoded = [np.empty_like(array) for array in arrays]
         stored = 0

@@ -24,6 +24,7 @@ from kvcodec.eval.pages import SpecCodec
 from kvcodec.eval.protocol import AnyCodec, CacheCodec, PageCodec
 from kvcodec.eval.report import Row
 from kvcodec.eval.runner import Mode, Options, Result, Windows, measure, windows_of
+from kvcodec.rotary import Rotary, rotary_of_config
 
 __all__ = ["Session", "codecs_of", "peers_of", "run_session"]
 
@@ -70,9 +71,9 @@ def _one_of(name: str, value: str, allowed: list[str] | tuple[str, ...]) -> str:
     return value
 
 
-def codecs_of(session: Session, codec: Codec) -> list[AnyCodec]:
-    """The specs and the peers, in this order."""
-    found: list[AnyCodec] = [SpecCodec(text, codec) for text in session.specs]
+def codecs_of(session: Session, codec: Codec, rotary: Rotary | None) -> list[AnyCodec]:
+    """The specs and the peers, in this order; `rotary` is how the model rotates its keys."""
+    found: list[AnyCodec] = [SpecCodec(text, codec, rotary=rotary) for text in session.specs]
     for peer in session.peers:
         found += peers_of(peer)
     return found
@@ -111,9 +112,9 @@ def run_session(session: Session) -> dict[str, Any]:
     what = Imprint.parse(session.imprint) if session.imprint else None
     codec = Codec()
     try:
-        codecs = codecs_of(session, codec)
         text = _text_of(session.text)
         raw, tokenizer = load_model(session.model, session.compute, session.device)
+        codecs = codecs_of(session, codec, rotary_of_config(raw.config.to_dict())[0])
         windows = windows_of(*tokens_of(tokenizer, text), options)
         model = CachedModel(raw, cache)
         total = len(windows) * (1 + len(codecs)) * (1 if what is None else 2)
