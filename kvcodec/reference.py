@@ -1,5 +1,5 @@
 """The codec in plain numpy, laid out like section 3 of proto/FORMAT.md: slow, and the oracle of the
-tests.
+tests. Coded sections have modules of their own.
 
 Rows are arrays of element *bits* of shape (heads, tokens, head_size): uint16 for bf16 and fp16,
 uint32 for fp32, uint8 for everything else.
@@ -12,8 +12,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kvcodec._reference_elements import bits_type, from_float32, to_float32
 from kvcodec.format import pad64, parameter_bytes, section_stored_bytes
 from kvcodec.layout import DType, Role, Stream
+from kvcodec.reference_ecq import EcqCodec, decode_ecq, encode_ecq
+from kvcodec.reference_lossless import (
+    decode_block,
+    decode_lossless,
+    encode_block,
+    encode_lossless,
+)
+from kvcodec.rotary import Rotary
 from kvcodec.spec import Axis, Kind, SectionCodec
 
 __all__ = ["decode_section", "encode_section", "from_float32", "to_float32"]
@@ -21,37 +30,9 @@ __all__ = ["decode_section", "encode_section", "from_float32", "to_float32"]
 Bits = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
 
-_BITS = {DType.BF16: np.uint16, DType.FP16: np.uint16, DType.FP32: np.uint32}
-_LARGEST = {DType.BF16: 0x7F7F0000, DType.FP16: 0x477FE000, DType.FP32: 0x7F7FFFFF}
-_NAN = {DType.BF16: 0x7FC0, DType.FP16: 0x7E00, DType.FP32: 0x7FC00000}
 _NAN_SCALE = 0x7FC0
 _DOMAIN = np.float32(2.0**127)
 _SMALLEST_SCALE = np.float32(2.0**-126)
-
-
-def to_float32(bits: Bits, dtype: DType) -> Float32:
-    """Element bits as numbers, exactly."""
-    if dtype is DType.BF16:
-        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    if dtype is DType.FP16:
-        return bits.astype(np.uint16).view(np.float16).astype(np.float32)
-    return bits.astype(np.uint32).view(np.float32)
-
-
-def from_float32(values: Float32, dtype: DType) -> Bits:
-    """Clamp and round as in 3.3."""
-    largest = np.uint32(_LARGEST[dtype]).view(np.float32)
-    nan = np.isnan(values)
-    clamped = np.clip(np.where(nan, np.float32(0), values), -largest, largest).astype(np.float32)
-    bits: Bits
-    if dtype is DType.BF16:
-        bits = ((clamped.view(np.uint32) + np.uint32(0x8000)) >> np.uint32(16)).astype(np.uint16)
-    elif dtype is DType.FP16:
-        bits = clamped.astype(np.float16).view(np.uint16)
-    else:
-        bits = clamped.view(np.uint32).copy()
-    bits[nan] = _NAN[dtype]
-    return bits
 
 
 def _ceil16(x: Float32) -> npt.NDArray[np.uint16]:
@@ -118,16 +99,26 @@ def _slices(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def encode_section(rows: Bits, dtype: DType, codec: SectionCodec) -> tuple[bytes, int]:
+def encode_section(
+    rows: Bits, dtype: DType, codec: SectionCodec, rotary: Rotary | None = None
+) -> tuple[bytes, int]:
     """The stored bytes of a section without padding, and how many of its groups lie outside the
-    domain.
+    domain (of an int codec).
+
+    `rotary` is the rotation of these rows, if they are keys of a page that knows it.
     """
     heads, tokens, size = rows.shape
+    channel = codec.axis is Axis.CHANNEL
+    if codec.kind is Kind.ECQ:
+        return encode_ecq(rows, dtype, EcqCodec(codec.bits, channel, rotary)), 0
+    if codec.kind is Kind.LOSSLESS:
+        return encode_lossless(rows, dtype, per_channel=channel), 0
+    if codec.kind is Kind.BLOCK:
+        return encode_block(rows, dtype), 0
     codec = codec.resolved(size, tokens)
     if codec.kind is Kind.RAW:
         return np.ascontiguousarray(rows).tobytes(), 0
     values = to_float32(rows, dtype)
-    channel = codec.axis is Axis.CHANNEL
     if channel:  # groups along the last axis: (heads, channels, tokens)
         values = np.ascontiguousarray(values.transpose(0, 2, 1))
     parts = [
@@ -144,20 +135,33 @@ def encode_section(rows: Bits, dtype: DType, codec: SectionCodec) -> tuple[bytes
 
 
 def decode_section(
-    stored: bytes, shape: tuple[int, int, int], dtype: DType, codec: SectionCodec
+    stored: bytes,
+    shape: tuple[int, int, int],
+    dtype: DType,
+    codec: SectionCodec,
+    rotary: Rotary | None = None,
 ) -> Bits:
-    """The rows (heads, tokens, head_size) of a section from its stored bytes."""
+    """The rows (heads, tokens, head_size) of a section from its stored bytes.
+
+    DamagedSection if a coded section breaks the rules.
+    """
     heads, tokens, size = shape
+    channel = codec.axis is Axis.CHANNEL
+    if codec.kind is Kind.ECQ:
+        return decode_ecq(stored, shape, dtype, EcqCodec(codec.bits, channel, rotary))
+    if codec.kind is Kind.LOSSLESS:
+        return decode_lossless(stored, shape, dtype, per_channel=channel)
+    if codec.kind is Kind.BLOCK:
+        return decode_block(stored, shape, dtype)
     codec = codec.resolved(size, tokens)
     if codec.kind is Kind.RAW:
-        bits_type = _BITS.get(dtype, np.uint8)
-        return np.frombuffer(stored, bits_type, heads * tokens * size).reshape(shape).copy()
+        raw = np.frombuffer(stored, bits_type(dtype), heads * tokens * size)
+        return raw.reshape(shape).copy()
     count = parameter_bytes(Stream(Role.KEY, heads, size), tokens, codec)
     packed = stored[pad64(count) :]
     parameters = np.frombuffer(stored[:count], "<u4" if codec.asymmetric else "<u2").astype(
         np.uint32
     )
-    channel = codec.axis is Axis.CHANNEL
     length = tokens if channel else size
     groups = -(-length // codec.group_size)
     index = np.arange(length) // codec.group_size

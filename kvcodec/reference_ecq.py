@@ -23,6 +23,7 @@ from kvcodec._reference_choice import (
     measure,
     power,
 )
+from kvcodec._reference_elements import from_float32, to_float32
 from kvcodec._reference_stream import (
     LANES,
     CodedParts,
@@ -38,7 +39,6 @@ from kvcodec._reference_stream import (
 )
 from kvcodec._reference_trellis import half_steps, search_path
 from kvcodec.layout import DType
-from kvcodec.reference import from_float32, to_float32
 from kvcodec.rotary import Rotary
 from kvcodec.tables import class_parts, code_lengths, path_costs, residual_table
 

@@ -15,8 +15,9 @@ from kvcodec.errors import PageError
 from kvcodec.format import CHECKSUM_BYTES, FIXED, SECTION, STREAM, EncodedPage, Extension, pad64
 from kvcodec.identity import Identity, Namespace
 from kvcodec.layout import DType, PageLayout, PageViews, Role, Stream
-from kvcodec.plan import PagePlan
+from kvcodec.plan import ROTATED_ROLES, PagePlan
 from kvcodec.reference import decode_section, encode_section
+from kvcodec.rotary import Rotary
 from kvcodec.spec import CodecSpec, SectionCodec
 
 ELEMENT_BITS = {DType.BF16: np.uint16, DType.FP16: np.uint16, DType.FP32: np.uint32}
@@ -158,28 +159,35 @@ def rows_of_raw(layout: PageLayout, raw: bytes) -> list[Rows]:
 
 def encode_page(plan: PagePlan, key: str, rows: Sequence[Rows]) -> bytearray:
     """A whole page, by the reference codec."""
-    page = bytearray(plan.page_bytes)
-    checksums = []
-    for number, (layer, index, _) in enumerate(sections_of(plan.layout)):
-        stored, _ = encode_section(rows[index][layer], plan.layout.dtype, plan.codecs[number])
-        assert len(stored) == plan.stored_bytes[number]
-        offset = int(plan.section_offsets[number])
-        page[offset : offset + len(stored)] = stored
-        checksums.append(xxhash.xxh3_64_intdigest(page[offset : offset + pad64(len(stored))]))
-    page[: len(plan.header)] = plan.finished_header(key, checksums)
+    sections, sizes = [], []
+    for number, (layer, index, stream) in enumerate(sections_of(plan.layout)):
+        codec, rotary = plan.codecs[number], _rotary(plan, stream)
+        stored, _ = encode_section(rows[index][layer], plan.layout.dtype, codec, rotary)
+        assert codec.kind.is_coded or len(stored) == plan.stored_bytes[number]
+        assert len(stored) <= plan.stored_bytes[number]
+        sections.append(stored.ljust(pad64(len(stored)), b"\0"))
+        sizes.append(len(stored))
+    checksums = [xxhash.xxh3_64_intdigest(section) for section in sections]
+    page = bytearray(plan.finished_header(key, checksums, sizes)) + b"".join(sections)
+    assert not plan.is_fixed or len(page) == plan.page_bytes
     return page
+
+
+def _rotary(plan: PagePlan, stream: Stream) -> Rotary | None:
+    """The rotation of a stream's rows."""
+    return plan.rotary if stream.role in ROTATED_ROLES else None
 
 
 def decode_page(page: EncodedPage) -> bytes:
     """The raw page in canonical order, every section verified first."""
     layout = page.header.layout
+    plan = PagePlan.of_page(page.header, memoryview(page.data))
     parts = []
     for number, (_, _, stream) in enumerate(sections_of(layout)):
         stored = bytes(page.section(number))[: page.header.stored_bytes[number]]
         shape = (stream.head_count, layout.token_count, stream.head_size)
-        parts.append(
-            decode_section(stored, shape, layout.dtype, page.header.codecs[number]).tobytes()
-        )
+        codec, rotary = page.header.codecs[number], _rotary(plan, stream)
+        parts.append(decode_section(stored, shape, layout.dtype, codec, rotary).tobytes())
     return b"".join(parts)
 
 
