@@ -1,4 +1,4 @@
-"""Write section 5 of proto/FORMAT.md: two whole pages in hexadecimal digits, part by part.
+"""Write section 5 of proto/FORMAT.md: whole pages in hexadecimal digits, part by part.
 
     python tools/format_examples.py
 
@@ -19,11 +19,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from pages import Rows, decode_page, encode_page, rows_of_raw, sections_of  # noqa: E402
 
+from kvcodec.extension import extension_record  # noqa: E402
 from kvcodec.format import EncodedPage, pad64, parameter_bytes  # noqa: E402
 from kvcodec.identity import Identity, Namespace  # noqa: E402
 from kvcodec.layout import DType, PageLayout  # noqa: E402
 from kvcodec.plan import PagePlan  # noqa: E402
 from kvcodec.reference import to_float32  # noqa: E402
+from kvcodec.rotary import SPLIT, Rotary  # noqa: E402
+from kvcodec.section import Kind, SectionCodec  # noqa: E402
 from kvcodec.spec import CodecSpec  # noqa: E402
 
 DOCUMENT = ROOT / "proto" / "FORMAT.md"
@@ -31,22 +34,45 @@ HEADING = "## 5 Examples\n"
 KEY = "a1b2"
 IDENTITY = Identity.of(model="tiny")
 
+ROTARY = Rotary(4, SPLIT, (1.0, 0.5))
+
+
+def quarters(tokens: int, size: int) -> list[list[list[float]]]:
+    """Keys whose first four channels turn with the token, and values: multiples of 1/4."""
+    keys = np.zeros((tokens, size))
+    values = np.zeros((tokens, size))
+    for token in range(tokens):
+        for channel in range(size):
+            keys[token, channel] = (7 * token + 5 * channel * channel) % 11 - 5
+            values[token, channel] = (3 * token * token + 7 * channel) % 13 - 5.5
+        for pair, frequency in enumerate(ROTARY.frequencies):
+            angle = frequency * token + 1 + pair
+            keys[token, [pair, pair + 2]] = 24 * np.cos(angle), 24 * np.sin(angle)
+    return (np.round(np.stack([keys, values]) * 2) / 4).tolist()
+
+
 # (title, spec, head size, values of the keys and of the values, token by token)
 EXAMPLES = (
     (
         "5.1 Keys and values of two tokens, raw",
         "raw",
         4,
-        ([[1, -2.5, 0.15625, 0], [3, 128, -0.0078125, 1e-3]], [[0, 0, 0, 0], [-1, -2, -3, -4]]),
+        [[[1, -2.5, 0.15625, 0], [3, 128, -0.0078125, 1e-3]], [[0, 0, 0, 0], [-1, -2, -3, -4]]],
     ),
     (
         "5.2 The same shape but six elements a row, 4 bits, asymmetric, groups of 4",
         "key=int4-asym-g4 value=int4-asym-g4",
         6,
-        (
+        [
             [[1, -2.5, 0.15625, 0, 7, -7], [3, 128, -0.0078125, 1e-3, 0.5, 0.5]],
             [[0, 0, 0, 0, 0, 0], [-1, -2, -3, -4, -5, -6]],
-        ),
+        ],
+    ),
+    (
+        "5.3 Coded sections: keys in ecq, derotated, and values lossless",
+        "key=ecq-3-channel value=lossless",
+        16,
+        quarters(24, 16),
     ),
 )
 
@@ -55,6 +81,15 @@ def bf16(values: Sequence[Sequence[float]]) -> Rows:
     """(layers, heads, tokens, head_size) of the nearest bf16."""
     bits = np.array(values, np.float32).view(np.uint32)
     return ((bits + 0x8000) >> 16).astype(np.uint16)[None, None]
+
+
+def kind_note(codec: SectionCodec) -> str:
+    """What the first bytes of a row of the section table say."""
+    if codec.kind is Kind.INT:
+        return f"int, {codec.bits} bits, options {int(codec.asymmetric)}"
+    if codec.kind is Kind.ECQ:
+        return f"ecq, nominal bits {codec.bits} / 16, options {2 * int(codec.axis)}, table 1"
+    return codec.text + (", table 1" if codec.kind is Kind.LOSSLESS else "")
 
 
 def header_parts(page: EncodedPage) -> Iterator[tuple[int, str]]:
@@ -68,21 +103,25 @@ def header_parts(page: EncodedPage) -> Iterator[tuple[int, str]]:
     yield 4, f"dtype {layout.dtype}, stream_count 2, layer_count {layout.layer_count}"
     yield 8, f"layer_start {layout.layer_start}, token_count {layout.token_count}"
     yield 4, f"section_count {layout.section_count}"
-    sizes = (len(header.identity.record), len(header.key), 0)
+    extensions = len(extension_record(header.extensions))
+    sizes = (len(header.identity.record), len(header.key), extensions)
     yield 8, "identity_bytes {}, key_bytes {}, extension_bytes {}".format(*sizes)
     yield 8, "reserved"
     for stream in layout.streams:
         yield 4, f"stream: role {stream.role} ({stream.role.text})"
         yield 12, f"head_count {stream.head_count}, head_size {stream.head_size}, head_start 0"
     for index, (codec, stored) in enumerate(zip(header.codecs, header.stored_bytes, strict=True)):
-        kind = f"int, {codec.bits} bits, options {int(codec.asymmetric)}" if codec.bits else "raw"
-        yield 4, f"section {index}: {kind}"
+        yield 4, f"section {index}: {kind_note(codec)}"
         yield 12, f"group_size {max(codec.group_size, 0)}, stored_bytes {stored}, side_bytes 0"
         yield 8, "checksum"
     [(name, value)] = header.identity.fields
     yield 3 + len(name) + len(value), f'identity: {name} = "{value}"'
     yield len(header.key), f'key: "{header.key}"'
-    end = 64 + 32 + 48 + sizes[0] + sizes[1]
+    end = 64 + 32 + 48 + sum(sizes)
+    for extension in header.extensions:
+        yield 8, f"extension: type {extension.type}, {len(extension.data)} bytes"
+        yield 8, f"rotary_size {ROTARY.size}, style {ROTARY.style}"
+        yield 4 * len(ROTARY.frequencies), "frequencies"
     yield header.header_bytes - 8 - end, "padding"
     yield 8, "header checksum"
 
@@ -93,7 +132,9 @@ def section_parts(page: EncodedPage, index: int) -> Iterator[tuple[int, str]]:
     stream, codec = header.layout.streams[index], header.codecs[index]
     tokens, stored = header.layout.token_count, header.stored_bytes[index]
     name = stream.role.text
-    if codec.bits:
+    if codec.kind.is_coded:
+        yield from coded_parts(bytes(page.section(index))[:stored], name, index, tokens)
+    elif codec.bits:
         groups = -(-stream.head_size // codec.group_size)
         for token in range(tokens):
             yield (
@@ -109,6 +150,25 @@ def section_parts(page: EncodedPage, index: int) -> Iterator[tuple[int, str]]:
         for token in range(tokens):
             yield stored // tokens, f"section {index}, {name}, token {token}"
     yield pad64(stored) - stored, "padding"
+
+
+def coded_parts(
+    section: bytes, name: str, index: int, plane_lines: int
+) -> Iterator[tuple[int, str]]:
+    """(size, note) of every part of a coded section of one tile, with 16 bytes of plane a token."""
+    yield 8, f"section {index}, {name}, flags {section[0]}"
+    size = int.from_bytes(section[8:10], "little")
+    yield 2, f"tile: stream_bytes {size}"
+    yield 4, "reference {}, scale_class {}, mean_class {}, family {}".format(*section[10:14])
+    yield 50, "padding"
+    plane = len(section) - 64 - size - 64
+    for token in range(plane_lines if plane else 0):
+        yield plane // plane_lines, f"plane of token {token}"
+    for lane in range(0, 32, 8):
+        yield 16, f"states of lanes {lane} to {lane + 7}"
+    for at in range(64, size, 16):
+        yield min(16, size - at), "symbols"
+    yield 64, "guard"
 
 
 def hex_lines(data: bytes, parts: Iterator[tuple[int, str]], start: int) -> Iterator[str]:
@@ -139,10 +199,15 @@ def value_lines(name: str, raw: Rows, decoded: Rows) -> Iterator[str]:
 def example(title: str, text: str, head_size: int, values: Sequence[list[list[float]]]) -> str:
     """One subsection of the document."""
     layout = PageLayout.mha(
-        dtype=DType.BF16, token_count=2, layer_count=1, head_count=1, head_size=head_size
+        dtype=DType.BF16,
+        token_count=len(values[0]),
+        layer_count=1,
+        head_count=1,
+        head_size=head_size,
     )
     namespace = Namespace(IDENTITY, layout)
-    plan = PagePlan.build(namespace, CodecSpec.parse(text).section_codecs(layout), len(KEY))
+    codecs = CodecSpec.parse(text).section_codecs(layout)
+    plan = PagePlan.build(namespace, codecs, len(KEY), rotary=ROTARY)
     rows = [bf16(rows) for rows in values]
     data = bytes(encode_page(plan, KEY, rows))
     page = EncodedPage.parse(data)
