@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5.0")
 
 from kvcodec.codec import Codec  # noqa: E402
 from kvcodec.errors import ConfigError  # noqa: E402

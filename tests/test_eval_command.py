@@ -9,7 +9,7 @@ import sys
 import pytest
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5.0")
 tokenizers = pytest.importorskip("tokenizers")
 
 from kvcodec.cli import main  # noqa: E402
