@@ -124,17 +124,17 @@ def test_table_has_these_bits():
 # --- configs
 
 
-def inverse_frequencies(kind: str, fields: dict[str, Any]) -> tuple[list[float], float]:
-    """What transformers computes."""
-    transformers = pytest.importorskip("transformers")
+def inverse_frequencies(fields: dict[str, Any]) -> list[float]:
+    """What transformers computes. Its default is its linear scaling by one."""
     rope = pytest.importorskip("transformers.modeling_rope_utils")
-    loaded = transformers.LlamaConfig(**fields)
+    loaded = pytest.importorskip("transformers").LlamaConfig(**fields)
     loaded.standardize_rope_params()
+    kind = loaded.rope_parameters["rope_type"]
     if kind == "default":
-        rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config=loaded)
-        return rotary.inv_freq.tolist(), 1.0
-    frequencies, factor = rope.ROPE_INIT_FUNCTIONS[kind](loaded, device="cpu")
-    return frequencies.tolist(), factor
+        kind = "linear"
+        loaded.rope_parameters["factor"] = 1.0
+    frequencies: list[float] = rope.ROPE_INIT_FUNCTIONS[kind](loaded, device="cpu")[0].tolist()
+    return frequencies
 
 
 @pytest.mark.parametrize(
@@ -153,8 +153,7 @@ def inverse_frequencies(kind: str, fields: dict[str, Any]) -> tuple[list[float],
     ids=lambda fields: json.dumps({k: v for k, v in fields.items() if k.startswith("rope")})[:60],
 )
 def test_frequencies_are_those_of_transformers(fields: dict[str, Any]):
-    scaling = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    exact, _ = inverse_frequencies(scaling.get("rope_type", "default"), dict(fields))
+    exact = inverse_frequencies(dict(fields))
     rotary, reason = rotary_of_config(fields)
     assert rotary is not None, reason
     assert np.allclose(rotary.frequencies, exact, rtol=3e-6, atol=0)
