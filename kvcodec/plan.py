@@ -190,7 +190,7 @@ class PagePlan:
             header=bytes(raw),
             key_offset=key_offset,
             key_bytes=key_bytes,
-            rotary=_rotary(header.extensions),
+            rotary=_rotary(header),
             **places,
         )
 
@@ -219,8 +219,12 @@ def _may_derotate(codec: SectionCodec, stream: Stream) -> bool:
     return codec.kind is Kind.ECQ and bool(codec.axis) and stream.role in ROTATED_ROLES
 
 
-def _rotary(extensions: Sequence[Extension]) -> Rotary | None:
-    for extension in extensions:
+def _rotary(header: PageHeader) -> Rotary | None:
+    """What the pages say of the rotation of their keys, where a section may have used it."""
+    streams = header.layout.streams * header.layout.layer_count
+    if not any(map(_may_derotate, header.codecs, streams)):
+        return None
+    for extension in header.extensions:
         if extension.type == ROTARY_EXTENSION:
             try:
                 return Rotary.from_record(extension.data)

@@ -55,9 +55,11 @@ def make_page(
             values[0, 0, 0] = np.nan
         bits = reference.from_float32(values, layout.dtype)
         data, _ = reference.encode_section(bits, layout.dtype, codec)
-        sections.append(data.ljust(pad64(len(data)), b"\0"))
-    checksums = [xxhash.xxh3_64_intdigest(section) for section in sections]
-    return plan.finished_header(key, checksums) + b"".join(sections)
+        sections.append(data)
+    padded = [data.ljust(pad64(len(data)), b"\0") for data in sections]
+    checksums = [xxhash.xxh3_64_intdigest(section) for section in padded]
+    header = plan.finished_header(key, checksums, [len(data) for data in sections])
+    return header + b"".join(padded)
 
 
 def flipped(page: bytes, offset: int) -> bytes:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import xxhash
+from cli_pages import make_page, run_json
 from pages import IDENTITY, make_rows, native_encode, raw_bytes, reseal
 
 from kvcodec.codec import Codec
@@ -291,3 +292,20 @@ def test_rotary_parameters_that_are_none_are_damage(codec: Codec):
     error = decode(codec, plan_of("raw"), page)
     assert isinstance(error, CorruptPage)
     assert error.reason == "corrupt:extensions"
+
+
+def test_coded_layers_show_what_they_take(capsys, tmp_path):
+    """Sizes of coded sections are those of this page; a run of layers shows their mean."""
+    data = make_page(spec="key=ecq-3-channel value=lossless")
+    path = tmp_path / "page"
+    path.write_bytes(data)
+    header = EncodedPage.parse(data).header
+    code, document, _ = run_json(capsys, "inspect", str(path))
+    assert code == 0
+    [run] = document["pages"][0]["layers"]
+    sizes = header.stored_bytes
+    assert run["key"]["codec"] == "ecq-3-channel"
+    assert run["key"]["stored_bytes"] == round(sum(sizes[0::2]) / 4)
+    assert run["value"]["stored_bytes"] == round(sum(sizes[1::2]) / 4)
+    assert len(set(sizes[0::2])) > 1
+    assert max(sizes[0::2]) < 2 * 2 * 16 * 64 > max(sizes[1::2])

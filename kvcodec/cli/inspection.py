@@ -237,14 +237,17 @@ def _run_json(header: PageHeader, run: LayerRun) -> Json:
 
 
 def run_sizes(header: PageHeader, run: LayerRun) -> list[tuple[int, float]]:
-    """For each stream of the layers of a run: stored bytes, and bits per element with padding."""
+    """For each stream of the layers of a run: stored bytes of a layer, and bits per element with
+    padding; the mean of the layers, where sections are coded and each has its own size.
+    """
     layout = header.layout
-    start = (run.first - layout.layer_start) * len(layout.streams)
+    width = len(layout.streams)
+    start, end = ((layer - layout.layer_start) * width for layer in (run.first, run.last + 1))
     sizes = []
     for at, stream in enumerate(layout.streams):
-        stored = header.stored_bytes[start + at]
-        elements = stream.head_count * stream.head_size * layout.token_count
-        sizes.append((stored, 8 * pad64(stored) / elements))
+        stored = header.stored_bytes[start + at : end : width]
+        elements = stream.head_count * stream.head_size * layout.token_count * len(stored)
+        sizes.append((round(sum(stored) / len(stored)), 8 * sum(map(pad64, stored)) / elements))
     return sizes
 
 
