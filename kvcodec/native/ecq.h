@@ -17,6 +17,8 @@ bool decode_ecq(const SectionCodec&, const uint8_t* in, size_t stored_bytes, con
                 const kvc_rotary*, uint8_t* scratch);
 #if defined(__x86_64__)
 // These need VBMI and VBMI2 as well.
+size_t encode_ecq_avx512(const SectionCodec&, const Rows&, const kvc_rotary*, uint8_t* scratch,
+                         uint8_t* out);
 bool decode_ecq_avx512(const SectionCodec&, const uint8_t* in, size_t stored_bytes, const Rows&,
                        const kvc_rotary*, uint8_t* scratch);
 #endif
@@ -63,13 +65,17 @@ inline bool can_derotate(const SectionCodec& codec, const Rows& rows, const kvc_
 struct EcqScale {
   int32_t nominal;  // S of the format
   int32_t reference;
+  int32_t weight;  // how much of a group's deviation its step leaves to its class
 
-  EcqScale(uint32_t bits, int32_t r) : nominal(35 - static_cast<int32_t>(bits)), reference(r) {}
+  EcqScale(const SectionCodec& codec, int32_t r)
+      : nominal(35 - static_cast<int32_t>(codec.bits)),
+        reference(r),
+        weight(codec.channel ? 2 : 1) {}
 
   // t of the format: sixteenths of an octave of steps in the group's deviation. Never so many that
   // a byte of half steps would not do.
   int32_t sharpness_of(int32_t s) const {
-    const int32_t t = -2 * s - nominal;
+    const int32_t t = -weight * s - nominal;
     return t < 62 ? t : 62;
   }
 

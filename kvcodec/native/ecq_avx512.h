@@ -148,8 +148,9 @@ inline void plan_groups(const EcqDecoder& decoder, const Tile& tile, const TileE
                           24),
         24);
     const __m512i twice = _mm512_add_epi32(s, s);
+    const __m512i weighed = decoder.codec.channel ? twice : s;
     const __m512i t = _mm512_min_epi32(
-        _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_add_epi32(twice, nominal)),
+        _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_add_epi32(weighed, nominal)),
         _mm512_set1_epi32(62));
     const __m512i c = _mm512_max_epi32(
         _mm512_add_epi32(_mm512_srai_epi32(_mm512_add_epi32(t, _mm512_set1_epi32(2)), 2),
@@ -364,16 +365,12 @@ void store_rotated_channels(const EcqDecoder& decoder, const EcqWork& work, uint
   }
 }
 
-// Cosines and sines of a block of tokens apart, padded to 32 pairs.
-inline const float* rotary_of(EcqDecoder& decoder, const Tile& tile) {
-  const uint32_t pairs = decoder.pairs();
+// Cosines and sines of the tokens of a tile apart, padded to 32 pairs.
+inline void split_rotary(const kvc_rotary& rotary, const Tile& tile, float* cosines) {
+  const uint32_t pairs = rotary.size / 2;
   const uint32_t padded = (pairs + 31) & ~31u;
-  const uint32_t slot = tile.token / kTileTokens % kRotarySlots;
-  float* cosines = decoder.scratch.rotary[slot];
-  if (decoder.rotary_token[slot] == tile.token) return cosines;
-  decoder.rotary_token[slot] = tile.token;
   float* sines = cosines + kTileTokens * padded;
-  const float* source = decoder.rotary->table + static_cast<size_t>(tile.token) * pairs * 2;
+  const float* source = rotary.table + static_cast<size_t>(tile.token) * pairs * 2;
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
   for (uint32_t t = 0; t < tile.tokens; ++t, source += 2 * pairs) {
@@ -386,6 +383,16 @@ inline const float* rotary_of(EcqDecoder& decoder, const Tile& tile) {
       _mm512_store_ps(cosines + t * padded + i, _mm512_permutex2var_ps(low, even, high));
       _mm512_store_ps(sines + t * padded + i, _mm512_permutex2var_ps(low, odd, high));
     }
+  }
+}
+
+// The tables for a tile, which a few tiles share.
+inline const float* rotary_of(EcqDecoder& decoder, const Tile& tile) {
+  const uint32_t slot = tile.token / kTileTokens % kRotarySlots;
+  float* cosines = decoder.scratch.rotary[slot];
+  if (decoder.rotary_token[slot] != tile.token) {
+    decoder.rotary_token[slot] = tile.token;
+    split_rotary(*decoder.rotary, tile, cosines);
   }
   return cosines;
 }

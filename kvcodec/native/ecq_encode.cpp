@@ -275,10 +275,11 @@ bool choose_derotation(EcqEncoder& encoder, const kvc_rotary* rotary, bool* insi
     encoder.rotary = nullptr;
     *inside = take_tile<Element>(encoder, walk.tile());
     if (!*inside) return false;
-    gain += encoder.work.groups.cost(encoder.order.groups);
+    // Pairs also save scales: a quarter of the elements' bits is weighed against it.
+    gain += 4 * encoder.work.groups.cost(encoder.order.groups) + walk.tile().channels;
     encoder.rotary = rotary;
     take_tile<Element>(encoder, walk.tile());
-    gain -= encoder.work.groups.cost(encoder.order.groups);
+    gain -= 4 * encoder.work.groups.cost(encoder.order.groups);
   }
   return gain > 0;
 }
@@ -301,7 +302,7 @@ size_t encode_section(const SectionCodec& codec, const Rows& rows, const kvc_rot
   for (TileWalk walk(rows); !walk.ended() && writer.fits(); walk.advance()) {
     const Tile& tile = walk.tile();
     if (!take_tile<Element>(encoder, tile)) return 0;
-    const EcqScale steps(codec.bits, work.groups.reference(encoder.order.groups));
+    const EcqScale steps(codec, work.groups.reference(encoder.order.groups));
     for (uint32_t g = 0; g < encoder.order.groups; ++g)
       work.scale[g] = work.groups.scale(g, steps);
     quantize_tile(encoder, tile, steps);

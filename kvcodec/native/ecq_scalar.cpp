@@ -73,7 +73,7 @@ bool read_tile(const EcqSection& section, const Tile& tile, const TileEntry& ent
     return false;
   }
   for (uint32_t i = 0; i < order.groups; ++i) work.scale[i] = static_cast<int8_t>(work.scale[i]);
-  const EcqScale scale(section.codec.bits, entry.reference - kReferenceBias);
+  const EcqScale scale(section.codec, entry.reference - kReferenceBias);
   const uint32_t elements = section.line_elements(tile);
   Trellis trellis;
   for (uint32_t i = 0; i < order.count; ++i) {
@@ -117,7 +117,7 @@ void channel_values(const EcqSection& section, const Tile& tile, const EcqScale&
 template <typename Element>
 void store_channels(const EcqSection& section, const Tile& tile, const TileEntry& entry,
                     EcqTile& work) {
-  const EcqScale scale(section.codec.bits, entry.reference - kReferenceBias);
+  const EcqScale scale(section.codec, entry.reference - kReferenceBias);
   const EcqOrder& order = section.order;
   const uint32_t pairs = section.rotary != nullptr ? section.rotary->size / 2 : 0;
   for (uint32_t i = 0; i < order.count; ++i) {
@@ -143,7 +143,7 @@ void store_channels(const EcqSection& section, const Tile& tile, const TileEntry
 template <typename Element>
 void store_tokens(const EcqSection& section, const Tile& tile, const TileEntry& entry,
                   const EcqTile& work) {
-  const EcqScale scale(section.codec.bits, entry.reference - kReferenceBias);
+  const EcqScale scale(section.codec, entry.reference - kReferenceBias);
   for (uint32_t t = 0; t < tile.tokens; ++t) {
     const float half = power_of_sixteenths(scale.step_of(work.scale[t]) - 16);
     const int8_t* units = work.units + t * section.line_stride();
