@@ -21,6 +21,8 @@ bool decode_block_avx2(const SectionCodec& codec, const uint8_t* in, size_t stor
 size_t encode_block_avx512(const SectionCodec& codec, const Rows& rows, uint8_t* out);
 bool decode_block_avx512(const SectionCodec& codec, const uint8_t* in, size_t stored_bytes,
                          const Rows& rows);
+size_t encode_lossless_avx512(const SectionCodec& codec, const Rows& rows, uint8_t* scratch,
+                              uint8_t* out);
 bool decode_lossless_avx512(const SectionCodec& codec, const uint8_t* in, size_t stored_bytes,
                             const Rows& rows, uint8_t* scratch);
 #endif

@@ -171,6 +171,8 @@ struct BlockReader {
 #include "coded_avx512.h"
 #include "turn_avx512.h"
 #include "lossless_avx512.h"
+#include "coded_avx512_writer.h"
+#include "lossless_avx512_encode.h"
 
 }  // namespace
 
@@ -184,6 +186,13 @@ bool decode_block_avx512(const SectionCodec& codec, const uint8_t* in, size_t st
   const bool whole = decode_block_section(codec, in, stored_bytes, rows, stream);
   if (stream) _mm_sfence();
   return whole;
+}
+
+size_t encode_lossless_avx512(const SectionCodec& codec, const Rows& rows, uint8_t* scratch,
+                              uint8_t* out) {
+  LosslessEncoderScratch& work = *reinterpret_cast<LosslessEncoderScratch*>(scratch);
+  return codec.dtype == KVC_BF16 ? encode_coded_rows<Bf16Bytes>(codec, rows, work, out)
+                                 : encode_coded_rows<Fp16Bytes>(codec, rows, work, out);
 }
 
 bool decode_lossless_avx512(const SectionCodec& codec, const uint8_t* in, size_t stored_bytes,

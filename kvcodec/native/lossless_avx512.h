@@ -124,6 +124,16 @@ KVC_INLINE void store_high_bytes(__m512i high, const uint8_t* low_bytes, uint32_
   memcpy(target, elements, 2 * count);
 }
 
+// A column of 64, see turn_lines().
+KVC_INLINE __m512i load_turned(const uint8_t* turned) {
+  const auto* piece = reinterpret_cast<const __m128i*>(turned);
+  constexpr size_t kApart = kTurnedBytes / sizeof(__m128i);
+  __m512i value = _mm512_castsi128_si512(_mm_load_si128(piece));
+  value = _mm512_inserti64x2(value, _mm_load_si128(piece + kApart), 1);
+  value = _mm512_inserti64x2(value, _mm_load_si128(piece + 2 * kApart), 2);
+  return _mm512_inserti64x2(value, _mm_load_si128(piece + 3 * kApart), 3);
+}
+
 template <typename Element, bool kStream>
 void store_channels(const Rows& rows, const Tile& tile, const LosslessWork& work, uint8_t* turned,
                     const uint8_t* plane, SectionBehind& behind) {
@@ -138,14 +148,7 @@ void store_channels(const Rows& rows, const Tile& tile, const LosslessWork& work
     const uint8_t* low = plane + c;
     for (uint32_t t = 0; t < tile.tokens; ++t) {
       behind.fetch(count < 64 ? count : 64);
-      const uint8_t* at = turned + turned_place(t);
-      const __m128i* piece[4];
-      for (uint32_t i = 0; i < 4; ++i)
-        piece[i] = reinterpret_cast<const __m128i*>(at + i * kTurnedBytes);
-      __m512i value = _mm512_castsi128_si512(_mm_load_si128(piece[0]));
-      value = _mm512_inserti64x2(value, _mm_load_si128(piece[1]), 1);
-      value = _mm512_inserti64x2(value, _mm_load_si128(piece[2]), 2);
-      value = _mm512_inserti64x2(value, _mm_load_si128(piece[3]), 3);
+      const __m512i value = load_turned(turned + turned_place(t));
       store_high_bytes<Element, kStream>(high_bytes<Element>(base, value), low, count, target);
       target += rows.token_stride;
       low += rows.head_size;
