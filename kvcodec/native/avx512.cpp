@@ -87,6 +87,8 @@ uint64_t checksum(const void* data, size_t bytes) { return XXH3_64bits(data, byt
 size_t encode_coded(const SectionCodec& codec, const Rows& rows, const kvc_rotary* rotary,
                     uint8_t* scratch, uint8_t* out) {
   switch (codec.kind) {
+    case KVC_KIND_ECQ:
+      return encode_ecq_avx512(codec, rows, rotary, scratch, out);
     case KVC_KIND_LOSSLESS:
       return encode_lossless_avx512(codec, rows, scratch, out);
     case KVC_KIND_BLOCK:
