@@ -346,7 +346,7 @@ def _parse_table(
     for index, stream in enumerate(layout.streams):
         rows = table[index :: len(layout.streams)]
         settings = rows[_SETTINGS].copy()
-        coded = settings["kind"] >= Kind.ECQ
+        coded = np.isin(settings["kind"], [kind for kind in Kind if kind.is_coded])
         most = section_stored_bytes(layout.dtype, stream, layout.token_count, RAW)
         if ((rows["stored_bytes"] == 0) | (rows["stored_bytes"] > most))[coded].any():
             _corrupt("section", f"a coded section of no bytes, or of more than its {most} raw ones")

@@ -61,7 +61,7 @@ _CHOICES = range(0, 33, 4)  # of scale_class and mean_class
 
 @dataclass(frozen=True)
 class EcqCodec:
-    """`bits` is the nominal number of bits per element times 16, from 24 to 112.
+    """`bits` is the nominal number of bits per element times 16, from 24 to 97.
 
     With `rotary` a section per channel may be derotated.
     """

@@ -35,7 +35,7 @@ class Axis(enum.IntEnum):
 
 
 #: Bits of an `ecq` section are counted in sixteenths.
-ECQ_BITS = range(24, 113)
+ECQ_BITS = range(24, 98)
 
 _CODEC_TEXT = re.compile(r"int([248])(-channel)?(-asym)?(?:-g([1-9]\d{0,9}))?", re.ASCII)
 _CODED_TEXT = re.compile(

@@ -161,6 +161,12 @@ class CodecSpec:
             layers=tuple((layer, *layers[layer]) for layer in sorted(layers)),
         )
 
+    @property
+    def can_derotate(self) -> bool:
+        """Whether a codec of keys can make use of how they are rotated."""
+        keys = [self.key, *(key for _, key, _ in self.layers)]
+        return any(codec.kind is Kind.ECQ and codec.axis is Axis.CHANNEL for codec in keys)
+
     def section_codecs(self, layout: PageLayout) -> tuple[SectionCodec, ...]:
         """The resolved codec of every section of a page, in canonical order."""
         overrides = {layer: (key, value) for layer, key, value in self.layers}

@@ -411,6 +411,7 @@ TESTED_OPTIONS = (
     | {"namespace", "revision", "salt", "minimum_bits"}
     | {"io_threads", "codec_threads", "buffer_bytes", "url"}
     | {"breaker_failures", "breaker_cooldown_seconds"}
+    | {"rotary"}  # tests/test_sglang_rotation.py
 )
 
 

@@ -264,6 +264,7 @@ def _streams() -> Iterator[tuple[str, str, bytes]]:
 def _table() -> Iterator[tuple[str, str, bytes]]:
     raw = replace(GOOD, sections=(bytes(68), SECTION))
     raw = raw.row(kind=0, bits=16, options=0, group_size=0)
+    ecq = GOOD.row(kind=2, bits=48, options=0, table=1, group_size=0)
     rows: dict[str, Draft] = {
         "int-bits-0": GOOD.row(bits=0),
         "int-bits-3": GOOD.row(bits=3),
@@ -285,6 +286,14 @@ def _table() -> Iterator[tuple[str, str, bytes]]:
         "raw-group-size": raw.row(group_size=1),
         "raw-stored-bytes": raw.row(stored_bytes=66),
         "raw-of-int": GOOD.row(kind=0, bits=16, options=0, group_size=0),
+        "coded-bytes-0": ecq.row(stored_bytes=0),
+        "coded-bytes-more-than-raw": ecq.row(stored_bytes=len(SECTION) + 64),
+        "coded-bytes-max": ecq.row(stored_bytes=2**32 - 1),
+        "coded-group-size": ecq.row(group_size=8),
+        "coded-asymmetric": ecq.row(options=1),
+        "ecq-bits-23": ecq.row(bits=23),
+        "ecq-bits-98": ecq.row(bits=98),
+        "lossless-bits-8": ecq.row(kind=3, bits=8),
     }
     for name, draft in rows.items():
         yield name, "section", draft.build()
@@ -345,9 +354,12 @@ def _unsupported() -> Iterator[tuple[str, str, bytes]]:
     for bit in (0, 31):
         page = replace(GOOD, fixed={"required_flags": 1 << bit}).build()
         yield f"required-flag-{bit}", "required_flags", page
-    for kind in (2, 255):
+    for kind in (5, 255):
         yield f"kind-{kind}", "section_kind", GOOD.row(kind=kind).build()
     yield "coding-table", "section", GOOD.row(table=1).build()
+    ecq = GOOD.row(kind=2, bits=48, options=0, table=1, group_size=0)
+    yield "coded-table-0", "section", ecq.row(table=0).build()
+    yield "coded-table-2", "section", ecq.row(table=2).build()
     yield "side-bytes", "section", GOOD.row(side_bytes=64).build()
     critical = replace(GOOD, extensions=extension(9, b"unknown", flags=1))
     yield "extension-critical", "extension", critical.build()

@@ -500,7 +500,7 @@ namespace {
 bool coded_is_valid(uint32_t dtype, uint32_t kind, uint32_t bits, uint32_t options,
                     uint32_t group_size) {
   constexpr uint32_t kFewestBits = 24;  // sixteenths
-  constexpr uint32_t kMostBits = 112;
+  constexpr uint32_t kMostBits = 97;
   if (group_size != 0 || (options & ~static_cast<uint32_t>(KVC_OPTION_CHANNEL)) != 0) return false;
   if (kind == KVC_KIND_ECQ) return dtype <= KVC_FP32 && bits >= kFewestBits && bits <= kMostBits;
   return (dtype == KVC_BF16 || dtype == KVC_FP16) && bits == 16;

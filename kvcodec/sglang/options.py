@@ -48,6 +48,7 @@ _OWN_OPTIONS = frozenset(
         "residual_length",
         "sink_tokens",
         "protected_preset",
+        "rotary",
     }
 )
 
@@ -63,7 +64,8 @@ class AdapterOptions:
     `residual_tokens` at the end of every backup call, and `sink_tokens` at the start of every
     sequence, are stored with `protected_spec`. `passes_prefix_keys` says whether SGLang tells where
     in its sequence a page stands; None where that cannot be known beforehand. `salt_digest` stands
-    for the salt, which is kept nowhere.
+    for the salt, which is kept nowhere. `rotary` is ``auto``, ``off``, or the path of a model's
+    config.
     """
 
     url: str
@@ -76,6 +78,7 @@ class AdapterOptions:
     residual_tokens: int = 0
     sink_tokens: int = 0
     passes_prefix_keys: bool | None = None
+    rotary: str = "auto"
 
     @classmethod
     def parse(cls, extra: Mapping[str, object] | None) -> AdapterOptions:
@@ -96,6 +99,7 @@ class AdapterOptions:
             residual_tokens=_tokens("residual_length", extra),
             sink_tokens=_tokens("sink_tokens", extra),
             passes_prefix_keys=passes if isinstance(passes, bool) else None,
+            rotary=_text("rotary", extra, "auto"),
         )
         options._check(extra)
         return options
@@ -106,6 +110,8 @@ class AdapterOptions:
                 f"sink_tokens is {self.sink_tokens}, but SGLang does not say where a page stands "
                 f'in its sequence: set "{_PASS_PREFIX_KEYS}": true as well'
             )
+        if "rotary" in extra and not self.spec.can_derotate:
+            raise ConfigError("rotary has no effect: no keys are stored as ecq per channel")
         if "protected_preset" in extra and not (self.sink_tokens or self.residual_tokens):
             raise ConfigError(
                 "protected_preset has no effect without residual_length or sink_tokens"

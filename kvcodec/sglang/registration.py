@@ -15,6 +15,7 @@ from kvcodec.sglang.geometry import (
 )
 from kvcodec.sglang.options import AdapterOptions
 from kvcodec.sglang.pools import FlatPages, MappedPages, PoolPages, flat_layout
+from kvcodec.sglang.rotation import find_rotary
 from kvcodec.sglang.topology import Topology
 from kvcodec.store import PageStore, Pipeline
 
@@ -53,7 +54,13 @@ def open_pool(
     namespace = Namespace(
         topology.identity(options, shares_pages, **_pool_fields(name, pool, geometry)), layout
     )
-    store = PageStore(pipeline, namespace, options.spec, protected_spec=options.protected_spec)
+    store = PageStore(
+        pipeline,
+        namespace,
+        options.spec,
+        protected_spec=options.protected_spec,
+        rotary=None if name in _DRAFT_POOLS else find_rotary(options, topology.model_name),
+    )
     _log(name, pool, store, options)
     is_writer = topology.is_writer(shares_pages)
     if geometry is not None:
