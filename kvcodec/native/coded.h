@@ -170,13 +170,26 @@ class StreamReader {
       symbol[i] = j;
       state_[i] = table.freq[j] * (state_[i] >> 8) + slot - table.cum[j];
     }
-    for (uint32_t i = 0; i < count; ++i) {
-      if (state_[i] >= kFirstState) continue;
-      if (at_ == end_) return false;
-      state_[i] = state_[i] << 8 | *at_++;
+    if (static_cast<size_t>(end_ - at_) > kStreamLanes) {
+      // Nobody foresees which states are small: no branch.
+      for (uint32_t i = 0; i < count; ++i) {
+        const uint32_t small = state_[i] < kFirstState;
+        state_[i] = state_[i] << 8 * small | (*at_ & (0 - small));
+        at_ += small;
+      }
+    } else {
+      for (uint32_t i = 0; i < count; ++i) {
+        if (state_[i] >= kFirstState) continue;
+        if (at_ == end_) return false;
+        state_[i] = state_[i] << 8 | *at_++;
+      }
     }
+    uint32_t escapes = 0;
     for (uint32_t i = 0; i < count; ++i) {
       values[i] = table.first + static_cast<int32_t>(symbol[i]);
+      escapes |= symbol[i] == table.escape;
+    }
+    for (uint32_t i = 0; i < count && escapes != 0; ++i) {
       if (symbol[i] != table.escape) continue;
       if (at_ == end_) return false;
       values[i] = static_cast<int8_t>(*at_++);
@@ -234,10 +247,11 @@ class StreamWriter {
     for (uint32_t i = count; i-- != 0;) {
       const uint32_t frequency = table.freq[symbol[i]];
       uint32_t x = state_[i];
-      if (x >= frequency << 8) {
-        *--at_ = static_cast<uint8_t>(x);
-        x >>= 8;
-      }
+      // Nobody foresees which states are full: no branch.
+      const uint32_t full = x >= frequency << 8;
+      at_[-1] = static_cast<uint8_t>(x);
+      at_ -= full;
+      x >>= 8 * full;
       state_[i] = (x / frequency << 8) + x % frequency + table.cum[symbol[i]];
     }
   }

@@ -43,8 +43,6 @@ KVC_INLINE uint64_t plane_of(const __m256i bytes[2]) {
   return low | static_cast<uint64_t>(high) << 32;
 }
 
-KVC_INLINE void store_plane(uint8_t* target, uint64_t plane) { memcpy(target, &plane, 8); }
-
 // Bytes of 0xFF where a bit of the plane's lower or upper half is set.
 KVC_INLINE __m256i bytes_of_plane(uint64_t plane, bool upper) {
   const __m256i lower_bytes = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1,  //

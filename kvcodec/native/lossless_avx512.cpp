@@ -67,11 +67,9 @@ struct BlockWriter {
     __m512i high = every_other_byte(first, second, 1);
     _mm512_storeu_si512(low_bytes, every_other_byte(first, second, 0));
     if (!Element::kRotated) {
-      _store_mask64(reinterpret_cast<__mmask64*>(planes + 24), _mm512_movepi8_mask(high));
-      _store_mask64(reinterpret_cast<__mmask64*>(planes + 32),
-                    _mm512_test_epi8_mask(high, _mm512_set1_epi8(2)));
-      _store_mask64(reinterpret_cast<__mmask64*>(planes + 40),
-                    _mm512_test_epi8_mask(high, _mm512_set1_epi8(1)));
+      store_plane(planes + 24, _mm512_movepi8_mask(high));
+      store_plane(planes + 32, _mm512_test_epi8_mask(high, _mm512_set1_epi8(2)));
+      store_plane(planes + 40, _mm512_test_epi8_mask(high, _mm512_set1_epi8(1)));
       high = _mm512_and_si512(high, _mm512_set1_epi8(0x7C));
     }
     const __mmask64 present = count == kBlock ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
@@ -99,8 +97,7 @@ struct BlockWriter {
     distance = _mm512_mask_mov_epi8(distance, escaped, _mm512_set1_epi8(-1));
     for (int k = 0; k < 3; ++k) {
       const __m512i bit = _mm512_set1_epi8(static_cast<char>(kUnit << k));
-      _store_mask64(reinterpret_cast<__mmask64*>(planes + 8 * k),
-                    _mm512_test_epi8_mask(distance, bit) & present);
+      store_plane(planes + 8 * k, _mm512_test_epi8_mask(distance, bit) & present);
     }
     _mm512_storeu_si512(escapes, _mm512_maskz_compress_epi8(escaped, high));
     return escapes + __builtin_popcountll(escaped);

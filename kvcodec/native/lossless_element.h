@@ -55,6 +55,8 @@ KVC_INLINE uint32_t load32(const uint8_t* source) {
   return value;
 }
 
+KVC_INLINE void store_plane(uint8_t* target, uint64_t plane) { memcpy(target, &plane, 8); }
+
 KVC_INLINE uint64_t load_plane(const uint8_t* source, uint32_t count) {
   uint64_t plane = 0;
   if (count == kBlock) {
