@@ -212,7 +212,7 @@ def test_text_of_coded_codecs(text: str, kind: Kind, bits: int, axis: Axis):
     assert (codec.kind, codec.bits, codec.axis, codec.text) == (kind, bits, axis, text)
 
 
-@pytest.mark.parametrize("text", ["ecq", "ecq-1", "ecq-6.25", "ecq-3.01", "ecq-3-asym", "ecq-3-g64"])
+@pytest.mark.parametrize("text", ["ecq", "ecq-1", "ecq-6.25", "ecq-3.01", "ecq-3-asym"])
 def test_codec_text_out_of_range_is_refused(text: str):
     with pytest.raises(ConfigError):
         SectionCodec.parse(text)

@@ -261,10 +261,16 @@ def _streams() -> Iterator[tuple[str, str, bytes]]:
     yield "head-size-16-of-17", "section", lie.build()
 
 
+def _ecq() -> Draft:
+    """A page whose first section claims to be coded."""
+    draft = replace(GOOD, sections=(bytes(60), SECTION))
+    return draft.row(kind=2, bits=48, options=0, table=1, group_size=0)
+
+
 def _table() -> Iterator[tuple[str, str, bytes]]:
     raw = replace(GOOD, sections=(bytes(68), SECTION))
     raw = raw.row(kind=0, bits=16, options=0, group_size=0)
-    ecq = GOOD.row(kind=2, bits=48, options=0, table=1, group_size=0)
+    ecq = _ecq()
     rows: dict[str, Draft] = {
         "int-bits-0": GOOD.row(bits=0),
         "int-bits-3": GOOD.row(bits=3),
@@ -357,7 +363,7 @@ def _unsupported() -> Iterator[tuple[str, str, bytes]]:
     for kind in (5, 255):
         yield f"kind-{kind}", "section_kind", GOOD.row(kind=kind).build()
     yield "coding-table", "section", GOOD.row(table=1).build()
-    ecq = GOOD.row(kind=2, bits=48, options=0, table=1, group_size=0)
+    ecq = _ecq()
     yield "coded-table-0", "section", ecq.row(table=0).build()
     yield "coded-table-2", "section", ecq.row(table=2).build()
     yield "side-bytes", "section", GOOD.row(side_bytes=64).build()
