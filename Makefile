@@ -26,8 +26,8 @@ SGLANG := $(VENV)/stamp-sglang
 STORES := $(VENV)/stamp-stores
 
 .PHONY: help setup sglang stores demo demo-sidecar test check lint types pytest native-test neon-test fuzz-long \
-  bench bench-controller bench-store bench-network bench-sidecar soak-sidecar fault-runs \
-  container container-test quality dist clean distclean
+  bench bench-controller bench-store bench-network bench-sidecar soak-sidecar flood-sidecar fault-runs \
+  container container-test compose-test quality dist clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -122,11 +122,18 @@ soak-sidecar: $(INSTALLED)  ## a day of pages through one sidecar: twenty minute
 	mkdir -p docs/measurements
 	$(BIN)/python tools/soak_sidecar.py --json docs/measurements/sidecar-soak.json
 
+flood-sidecar: $(INSTALLED)  ## a hundred thousand streams against one sidecar: three minutes, quiet machine
+	mkdir -p docs/measurements
+	$(BIN)/python tools/stream_flood.py --json docs/measurements/sidecar-flood.json
+
 container:  ## the sidecar's image, with docker or podman
 	docker/build.sh kvcodec
 
 container-test: $(INSTALLED) container  ## run the image, and try what it promises: a minute
 	docker/test_container.sh kvcodec
+
+compose-test: $(STORES)  ## start the Compose file, with images of Debian's packages: ten minutes, root
+	docker/debian_docker.sh build/docker docker/test_compose.sh
 
 quality: $(INSTALLED)  ## error against size of every preset, on synthetic KV
 	mkdir -p docs/measurements
