@@ -95,6 +95,8 @@ size_t encode_coded(const SectionCodec& codec, const Rows& rows, const kvc_rotar
 bool decode_coded(const SectionCodec& codec, const uint8_t* in, size_t stored_bytes,
                   const Rows& rows, const kvc_rotary* rotary, uint8_t* scratch) {
   switch (codec.kind) {
+    case KVC_KIND_LOSSLESS:
+      return decode_lossless_avx2(codec, in, stored_bytes, rows, scratch);
     case KVC_KIND_BLOCK:
       return decode_block_avx2(codec, in, stored_bytes, rows);
     default:

@@ -17,6 +17,8 @@ bool decode_lossless_scalar(const SectionCodec& codec, const uint8_t* in, size_t
 size_t encode_block_avx2(const SectionCodec& codec, const Rows& rows, uint8_t* out);
 bool decode_block_avx2(const SectionCodec& codec, const uint8_t* in, size_t stored_bytes,
                        const Rows& rows);
+bool decode_lossless_avx2(const SectionCodec& codec, const uint8_t* in, size_t stored_bytes,
+                          const Rows& rows, uint8_t* scratch);
 // These need VBMI and VBMI2 as well.
 size_t encode_block_avx512(const SectionCodec& codec, const Rows& rows, uint8_t* out);
 bool decode_block_avx512(const SectionCodec& codec, const uint8_t* in, size_t stored_bytes,

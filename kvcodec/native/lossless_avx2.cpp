@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "kvcodec.h"
+#include "lossless_coded.h"
 #include "lossless_element.h"
 #include "x86_rows.h"
 
@@ -202,6 +203,9 @@ struct BlockReader {
 
 #include "lossless_block.h"
 
+#include "lossless_avx2.h"
+#include "lossless_rows.h"
+
 }  // namespace
 
 size_t encode_block_avx2(const SectionCodec& codec, const Rows& rows, uint8_t* out) {
@@ -214,6 +218,11 @@ bool decode_block_avx2(const SectionCodec& codec, const uint8_t* in, size_t stor
   const bool whole = decode_block_section(codec, in, stored_bytes, rows, stream);
   if (stream) _mm_sfence();
   return whole;
+}
+
+bool decode_lossless_avx2(const SectionCodec& codec, const uint8_t* in, size_t stored_bytes,
+                          const Rows& rows, uint8_t* scratch) {
+  return decode_coded_section(codec, in, stored_bytes, rows, scratch);
 }
 
 }  // namespace kvc

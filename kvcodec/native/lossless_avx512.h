@@ -4,9 +4,6 @@
 // Up to four tiles at a time: their streams become bytes in the worker's scratch, line by line as
 // the stream has them; then these and the plane become rows.
 
-constexpr uint32_t kScaleTables = 17;
-constexpr uint32_t kExponentTables = 8;
-
 struct LosslessTables {
   VectorTable scale[kScaleTables];
   VectorTable exponent[kExponentTables];

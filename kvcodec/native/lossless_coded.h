@@ -29,6 +29,19 @@ inline const CodingTable& lossless_table(uint32_t family, int32_t e) {
   return kLosslessTables[4 * family + (static_cast<uint32_t>(e) & 3)];
 }
 
+// A tile's lines are kLineStride apart, or kTileTokens where they are channels.
+inline uint32_t line_stride(const SectionCodec& codec) {
+  return codec.channel ? kTileTokens : kLineStride;
+}
+
+// The tables of a stream by number: those of scales, then those of exponents.
+constexpr uint32_t kScaleTables = 17;
+constexpr uint32_t kExponentTables = 8;
+
+constexpr const CodingTable& stream_table(uint32_t number) {
+  return number < kScaleTables ? kResidualTables[number] : kLosslessTables[number - kScaleTables];
+}
+
 // Four times the mean exponent of each group, and what the tile's entry says of them.
 struct LosslessScales {
   int32_t reference;

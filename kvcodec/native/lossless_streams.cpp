@@ -61,11 +61,6 @@ void take_tile(const SectionCodec& codec, const Rows& rows, const Tile& tile, Lo
   }
 }
 
-// A tile's lines are kLineStride apart, or kTileTokens where they are channels.
-inline uint32_t line_stride(const SectionCodec& codec) {
-  return codec.channel ? kTileTokens : kLineStride;
-}
-
 // Lengths of all exponents' codes for each family, and with it the shorter one.
 uint8_t cheapest_family(const LosslessTile& work, const LosslessShape& shape, uint32_t stride) {
   uint64_t length[2] = {};
@@ -140,91 +135,26 @@ size_t encode_section(const SectionCodec& codec, const Rows& rows, LosslessTile&
 
 // ---- reading
 
-// High bytes of a line from the integers of its stream; `base` is the exponent they count down from.
-template <typename Element>
-void finish_line(uint8_t base, uint32_t count, uint8_t* line) {
-  for (uint32_t i = 0; i < count; ++i) {
-    const uint8_t value = line[i];
-    line[i] = static_cast<uint8_t>(
-        Element::kRawBits == 0
-            ? base - value
-            : ((base - (value >> 3)) & 31) << 2 | (value & 4) << 5 | (value & 3));
-  }
-}
+// The streams of a tile, symbol by symbol.
+class TileReader {
+ public:
+  bool start(const uint8_t* begin, const uint8_t* end) { return reader_.start(begin, end); }
 
-// Leaves the high bytes of all elements in `work.exponent`.
-template <typename Element>
-bool read_tile(const SectionCodec& codec, const Tile& tile, const TileEntry& entry,
-               const uint8_t* stream, LosslessTile& work) {
-  const LosslessShape shape(codec, tile);
-  StreamReader reader;
-  if (!reader.start(stream, stream + entry.stream_bytes)) return false;
-  const CodeClass coding = code_class(entry.scale_class);
-  int32_t* scales = work.scales.scale;
-  for (uint32_t at = 0; at < shape.lines; at += kStreamLanes) {
-    if (!reader.read(kResidualTables[coding.table], coding.shift,
-                     std::min(shape.lines - at, kStreamLanes), scales + at)) {
-      return false;
-    }
+  // A step of up to 32 integers of a table, modulo 256.
+  bool read(uint32_t table, uint32_t shift, uint32_t count, uint8_t* out) {
+    int32_t values[kStreamLanes];
+    if (!reader_.read(stream_table(table), shift, count, values)) return false;
+    for (uint32_t i = 0; i < count; ++i) out[i] = static_cast<uint8_t>(values[i]);
+    return true;
   }
-  for (uint32_t line = 0; line < shape.lines; ++line) {
-    uint8_t* high = work.exponent + line * line_stride(codec);
-    const int32_t s = static_cast<int8_t>(scales[line]);
-    if (s == kEmptyGroup) {
-      memset(high, 0, shape.elements);
-      continue;
-    }
-    const int32_t e = 4 * entry.reference - s;
-    const CodingTable& table = lossless_table(entry.family, e);
-    for (uint32_t at = 0; at < shape.elements; at += kStreamLanes) {
-      const uint32_t count = std::min(shape.elements - at, kStreamLanes);
-      int32_t values[kStreamLanes];
-      if (!reader.read(table, Element::kRawBits, count, values)) return false;
-      for (uint32_t i = 0; i < count; ++i) high[at + i] = static_cast<uint8_t>(values[i]);
-    }
-    finish_line<Element>(static_cast<uint8_t>(e >> 2), shape.elements, high);
-  }
-  return reader.finished();
-}
 
-template <typename Element>
-void store_tile(const SectionCodec& codec, const Rows& rows, const Tile& tile,
-                const LosslessTile& work, const uint8_t* plane) {
-  const uint32_t token_step = codec.channel ? 1 : kLineStride;
-  const uint32_t channel_step = codec.channel ? kTileTokens : 1;
-  uint8_t high[kTileChannels];
-  uint16_t words[kTileChannels];
-  for (uint32_t t = 0; t < tile.tokens; ++t) {
-    const uint8_t* source = work.exponent + t * token_step;
-    for (uint32_t c = 0; c < tile.channels; ++c) high[c] = source[c * channel_step];
-    const uint8_t* low = plane +
-                         (size_t{tile.head} * rows.token_count + tile.token + t) * rows.head_size +
-                         tile.channel;
-    for (uint32_t c = 0; c < tile.channels; ++c) {
-      const uint32_t word = static_cast<uint32_t>(high[c] << 8 | low[c]);
-      words[c] = static_cast<uint16_t>(Element::kRotated ? word >> 1 | word << 15 : word);
-    }
-    memcpy(rows.row(tile.head, tile.token + t) + 2 * size_t{tile.channel}, words,
-           2 * size_t{tile.channels});
-  }
-}
+  bool finished() const { return reader_.finished(); }
 
-template <typename Element>
-bool decode_section(const SectionCodec& codec, const uint8_t* in, size_t stored_bytes,
-                    const Rows& rows, LosslessTile& work) {
-  const uint64_t elements = uint64_t{rows.head_count} * rows.token_count * rows.head_size;
-  CodedParts parts;
-  if (!open_coded(in, stored_bytes, tile_count(rows), elements, 0, &parts)) return false;
-  const uint8_t* stream = parts.streams;
-  uint64_t index = 0;
-  for (TileWalk walk(rows); !walk.ended(); walk.advance(), ++index) {
-    const TileEntry entry = parts.entry(index);
-    if (!read_tile<Element>(codec, walk.tile(), entry, stream, work)) return false;
-    stream += entry.stream_bytes;
-    if (rows.base != nullptr) store_tile<Element>(codec, rows, walk.tile(), work, parts.plane);
-  }
-  return true;
-}
+ private:
+  StreamReader reader_;
+};
+
+#include "lossless_rows.h"
 
 }  // namespace
 
@@ -237,9 +167,7 @@ size_t encode_lossless_scalar(const SectionCodec& codec, const Rows& rows, uint8
 
 bool decode_lossless_scalar(const SectionCodec& codec, const uint8_t* in, size_t stored_bytes,
                             const Rows& rows, uint8_t* scratch) {
-  LosslessTile& work = *reinterpret_cast<LosslessTile*>(scratch);
-  return codec.dtype == KVC_BF16 ? decode_section<Bf16Bytes>(codec, in, stored_bytes, rows, work)
-                                 : decode_section<Fp16Bytes>(codec, in, stored_bytes, rows, work);
+  return decode_coded_section(codec, in, stored_bytes, rows, scratch);
 }
 
 }  // namespace kvc
