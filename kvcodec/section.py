@@ -39,7 +39,7 @@ ECQ_BITS = range(24, 98)
 
 _CODEC_TEXT = re.compile(r"int([248])(-channel)?(-asym)?(?:-g([1-9]\d{0,9}))?", re.ASCII)
 _CODED_TEXT = re.compile(
-    r"(?:ecq-(\d(?:\.\d{1,4})?)|lossless|(lossless-fast))(-channel)?", re.ASCII
+    r"(?:ecq-(\d(?:\.\d{1,4})?)|lossless)(-channel)?|(lossless-fast)", re.ASCII
 )
 
 
@@ -71,6 +71,8 @@ class SectionCodec:
         if self.kind.is_coded:
             if self.asymmetric or self.group_size != -1:
                 raise ConfigError(f"a {self.text} section has no symmetry and no group")
+            if self.kind is Kind.BLOCK and self.axis is not Axis.TOKEN:
+                raise ConfigError(f"{self.text}: lossless-fast has no axis, lossless has one")
             if self.bits not in (ECQ_BITS if self.kind is Kind.ECQ else (0,)):
                 raise ConfigError(
                     f"{self.bits / 16} bits; ecq takes {ECQ_BITS[0] / 16} to {ECQ_BITS[-1] / 16}, "
@@ -103,7 +105,7 @@ class SectionCodec:
             return cls()
         coded = _CODED_TEXT.fullmatch(text)
         if coded is not None:
-            bits, fast, channel = coded.groups()
+            bits, channel, fast = coded.groups()
             kind = Kind.ECQ if bits else Kind.BLOCK if fast else Kind.LOSSLESS
             sixteenths = 16 * float(bits or 0)
             if sixteenths != int(sixteenths):
@@ -114,7 +116,7 @@ class SectionCodec:
         if match is None:
             raise ConfigError(
                 f"codec {text!r}; wanted raw, int{{2,4,8}}[-channel][-asym][-gN], "
-                f"ecq-BITS[-channel], lossless[-channel] or lossless-fast[-channel], "
+                f"ecq-BITS[-channel], lossless[-channel] or lossless-fast, "
                 f"such as int4-g64 or ecq-3-channel"
             )
         bits, channel, asym, group = match.groups()

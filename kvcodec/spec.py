@@ -261,6 +261,8 @@ def _with_options(
         changes["group_size"] = size
     if codec.kind is Kind.RAW:
         return codec
+    if codec.kind is Kind.BLOCK:
+        return codec
     if codec.kind.is_coded:
         changes = {name: value for name, value in changes.items() if name == "axis"}
     return replace(codec, **changes)
@@ -273,8 +275,10 @@ def _check_effect(
     named = {"axis_key": keys, "axis_value": values, "asym": [*keys, *values]}
     named["q_group_size"] = named["asym"]
     for name, codecs in named.items():
-        axis = name.startswith("axis")
-        if name in options and not any(c.kind is Kind.INT or (axis and c.kind) for c in codecs):
+        touched = {Kind.INT}
+        if name.startswith("axis"):
+            touched |= {Kind.ECQ, Kind.LOSSLESS}
+        if name in options and not any(codec.kind in touched for codec in codecs):
             what = {"axis_key": "keys are", "axis_value": "values are"}.get(name, "everything is")
             how = " or ".join(sorted({codec.text for codec in codecs}))
             raise ConfigError(f"{name} has no effect: {what} stored {how}")

@@ -17,7 +17,7 @@ from pages import IDENTITY, native_decode, reseal
 from kvcodec import native
 from kvcodec._reference_stream import DamagedSection
 from kvcodec.codec import Codec, _native_plan
-from kvcodec.errors import CorruptPage
+from kvcodec.errors import ConfigError, CorruptPage
 from kvcodec.format import EncodedPage
 from kvcodec.identity import Namespace
 from kvcodec.layout import DType, PageLayout, PageViews
@@ -28,7 +28,7 @@ from kvcodec.reference_lossless import (
     encode_block,
     encode_lossless,
 )
-from kvcodec.spec import CodecSpec
+from kvcodec.spec import Axis, CodecSpec, Kind, SectionCodec
 from kvcodec.testing.strategies import head_sizes
 
 KEY = "10551e55"
@@ -281,3 +281,16 @@ def test_verification_finds_what_decoding_finds(codec: Codec, isa: str, text: st
     good = [int(status) == native.OK for status in batch.status]
     assert good == [read_page(codec, plan, one) is not None for one in made]
     assert good[0] and not all(good)
+
+
+def test_blocks_have_no_axis():
+    """Neither in a codec's text, nor by an option, nor in a page."""
+    with pytest.raises(ConfigError, match="wanted raw"):
+        SectionCodec.parse("lossless-fast-channel")
+    with pytest.raises(ConfigError, match="lossless-fast has no axis"):
+        SectionCodec(Kind.BLOCK, axis=Axis.CHANNEL)
+    with pytest.raises(ConfigError, match="axis_key has no effect"):
+        CodecSpec.from_options({"preset": "lossless-fast", "axis_key": 1})
+    block = {"dtype": 1, "head_count": 2, "token_count": 3, "head_size": 64, "kind": 4, "bits": 16}
+    assert native.section_bytes(**block) == 2 * 3 * 64 * 2
+    assert native.section_bytes(**block, channel=True) == 0

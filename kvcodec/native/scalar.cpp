@@ -503,6 +503,7 @@ bool coded_is_valid(uint32_t dtype, uint32_t kind, uint32_t bits, uint32_t optio
   constexpr uint32_t kMostBits = 97;
   if (group_size != 0 || (options & ~static_cast<uint32_t>(KVC_OPTION_CHANNEL)) != 0) return false;
   if (kind == KVC_KIND_ECQ) return dtype <= KVC_FP32 && bits >= kFewestBits && bits <= kMostBits;
+  if (kind == KVC_KIND_BLOCK && options != 0) return false;
   return (dtype == KVC_BF16 || dtype == KVC_FP16) && bits == 16;
 }
 
