@@ -70,8 +70,8 @@ KVC_INLINE void put_step(StreamTarget& s) {
   if (__builtin_expect(shift != 0, false)) {
     s.at -= 4 * shift;
     for (uint32_t i = 0; i < shift; ++i) {
-      const uint32_t plane =
-          _mm512_mask_test_epi16_mask(active, value, _mm512_set1_epi16(static_cast<int16_t>(1 << i)));
+      const __m512i bit = _mm512_set1_epi16(static_cast<int16_t>(1 << i));
+      const uint32_t plane = _mm512_mask_test_epi16_mask(active, value, bit);
       memcpy(s.at + 4 * i, &plane, sizeof plane);
     }
     value = _mm512_sra_epi16(value, _mm_cvtsi32_si128(static_cast<int>(shift)));

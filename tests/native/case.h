@@ -57,4 +57,7 @@ std::unique_ptr<Case> make_case(Random& random, bool large);
 // Elements of one stream: usual numbers, extreme ones, or any bits at all.
 Buffer make_rows(Random& random, const Case& made, const HostStream& host);
 
+// Coded sections on every instruction set (coded.cpp). Exits at the first difference.
+void compare_coded(uint32_t cases);
+
 }  // namespace driver

@@ -1,11 +1,13 @@
 // Exercises libkvcodec without Python, for sanitizers and emulators: round trips on every
 // instruction set, damage, plans that lie, and one pool under many threads.
 //
-//   driver compare [cases]     every instruction set gives the bytes of "scalar", and touches
-//   nothing else driver damage [cases]      a flipped byte anywhere is found, a wrong length is
-//   refused driver plans               a plan that contradicts itself is refused driver threads
-//   [rounds]    submit, wait, cancel and free from eight threads, and destroy under load driver all
-//   the four, briefly
+//   driver compare [cases]   every instruction set gives the bytes of "scalar", and touches nothing
+//                            else
+//   driver coded [cases]     the same for coded sections, and the same verdict on damaged ones
+//   driver damage [cases]    a flipped byte anywhere is found, a wrong length is refused
+//   driver plans             a plan that contradicts itself is refused
+//   driver threads [rounds]  submit, wait, cancel and free from eight threads, and destroy under load
+//   driver all               all of them, briefly
 //
 // Prints a line per mode; exit status 1 and the case at the first difference.
 #include <atomic>
@@ -362,13 +364,15 @@ int main_of(int count, char** arguments) {
   const uint32_t number =
       count > 2 ? static_cast<uint32_t>(std::strtoul(arguments[2], nullptr, 10)) : 0;
   const bool all = mode == "all";
-  if (!all && mode != "compare" && mode != "damage" && mode != "plans" && mode != "threads") {
-    std::fprintf(
-        stderr,
-        "usage: driver all | compare [cases] | damage [cases] | plans | threads [rounds]\n");
+  if (!all && mode != "compare" && mode != "coded" && mode != "damage" && mode != "plans" &&
+      mode != "threads") {
+    std::fprintf(stderr,
+                 "usage: driver all | compare [cases] | coded [cases] | damage [cases] | plans | "
+                 "threads [rounds]\n");
     return 2;
   }
   if (all || mode == "compare") compare(number ? number : 300);
+  if (all || mode == "coded") compare_coded(number ? number : 60);
   if (all || mode == "damage") damage(number ? number : 60);
   if (all || mode == "plans") plans();
   if (all || mode == "threads") threads(number ? number : 20);
