@@ -1,5 +1,6 @@
 // Sections that give back every bit: block exponents (FORMAT.md 3.9) and coded exponents (3.8). The
-// functions of all instruction sets give the same bytes and accept the same sections; signatures as in kernels.h.
+// functions of all instruction sets give the same bytes and accept the same sections; what they
+// take and return is that of kernels.h.
 #pragma once
 
 #include "kernels.h"

@@ -39,9 +39,9 @@ KVC_INLINE __m256i join_bytes(__m256i first, __m256i second) {
 
 template <int kBit>
 KVC_INLINE uint64_t plane_of(const __m256i bytes[2]) {
-  const auto low = static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_slli_epi16(bytes[0], 7 - kBit)));
-  const auto high = static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_slli_epi16(bytes[1], 7 - kBit)));
-  return low | static_cast<uint64_t>(high) << 32;
+  const int low = _mm256_movemask_epi8(_mm256_slli_epi16(bytes[0], 7 - kBit));
+  const int high = _mm256_movemask_epi8(_mm256_slli_epi16(bytes[1], 7 - kBit));
+  return static_cast<uint32_t>(low) | static_cast<uint64_t>(static_cast<uint32_t>(high)) << 32;
 }
 
 // Bytes of 0xFF where a bit of the plane's lower or upper half is set.
@@ -100,7 +100,7 @@ struct BlockWriter {
     // Nobody foresees which it is: no branch.
     const uint64_t take_next = all_if_fewer(far1, far0);
     const uint64_t escaped = far0 ^ ((far0 ^ far1) & take_next);
-    *base_of_block = static_cast<uint8_t>(base + ((next - base) & static_cast<uint32_t>(take_next)));
+    *base_of_block = static_cast<uint8_t>(base + (kUnit & static_cast<uint32_t>(take_next)));
     const __m256i choice = _mm256_set1_epi64x(static_cast<int64_t>(take_next));
     const __m256i distance[2] = {_mm256_blendv_epi8(distance0[0], distance1[0], choice),
                                  _mm256_blendv_epi8(distance0[1], distance1[1], choice)};

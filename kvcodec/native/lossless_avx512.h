@@ -51,7 +51,8 @@ inline uint64_t* plan_steps(size_t table, uint32_t shift, uint32_t out, uint32_t
                             uint64_t* step) {
   for (uint32_t at = 0; at < count; at += 32) {
     const uint32_t left = count - at;
-    *step++ = StreamStep::pack(static_cast<uint32_t>(table), shift, out + at, left < 32 ? left : 32);
+    *step++ =
+        StreamStep::pack(static_cast<uint32_t>(table), shift, out + at, left < 32 ? left : 32);
   }
   return step;
 }
@@ -203,7 +204,8 @@ bool decode_coded_rows(const SectionCodec& codec, const uint8_t* in, size_t stor
       const size_t row = size_t{tile.head} * rows.token_count + tile.token;
       const uint8_t* plane = parts.plane + row * rows.head_size + tile.channel;
       if (codec.channel)
-        store_channels<Element, kStream>(rows, tile, scratch.work[i], scratch.turned, plane, behind);
+        store_channels<Element, kStream>(rows, tile, scratch.work[i], scratch.turned, plane,
+                                         behind);
       else
         store_tokens<Element, kStream>(rows, tile, scratch.work[i], plane, behind);
     }

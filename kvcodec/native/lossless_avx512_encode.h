@@ -1,5 +1,5 @@
-// Coded exponents on AVX-512 with VBMI and VBMI2, proto/FORMAT.md 3.8 and 3.10: encoding. Included by
-// lossless_avx512.cpp inside its target region and namespace, after coded_avx512_writer.h.
+// Coded exponents on AVX-512 with VBMI and VBMI2, proto/FORMAT.md 3.8 and 3.10: encoding. Included
+// by lossless_avx512.cpp inside its target region and namespace, after coded_avx512_writer.h.
 
 struct LosslessWriterTables {
   WriterTable scale[kScaleTables];
@@ -140,7 +140,8 @@ struct LosslessEncoder {
           __m512i high = _mm512_setzero_si512();
           if (t < tile.tokens) {
             if (c == 0) ahead.fetch();
-            high = split_elements<Element>(source_of(tile, t) + 2 * c, count, plane_of(tile, t) + c);
+            high =
+                split_elements<Element>(source_of(tile, t) + 2 * c, count, plane_of(tile, t) + c);
           }
           _mm512_store_si512(scratch.rows + 64 * i, high);
         }

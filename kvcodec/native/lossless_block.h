@@ -1,7 +1,6 @@
-// Sections of block exponents, proto/FORMAT.md 3.9: everything but the work on one block of 64 elements. Included by the
-// files of the instruction sets inside their target regions and namespaces, after x86_rows.h.
-//
-// A file brings two classes per element type, `BlockWriter<Element>` and `BlockReader<Element>`.
+// Sections of block exponents, proto/FORMAT.md 3.9: everything but the work on one block of 64
+// elements. Included by the files of the instruction sets inside their target regions and
+// namespaces, after `BlockWriter<Element>` and `BlockReader<Element>`.
 
 // Where the parts of a section lie; bytes from its start.
 struct BlockLayout {
@@ -88,7 +87,8 @@ KVC_INLINE uint8_t* encode_block_row(const BlockLayout& layout, const uint8_t* s
   const uint32_t whole = layout.blocks - (layout.tail != 0);
   for (uint32_t block = 0; block < whole; ++block) {
     if (escapes >= limit) return nullptr;
-    escapes = BlockWriter<Element>::encode(source, kBlock, low_bytes, planes, bases + block, escapes);
+    escapes =
+        BlockWriter<Element>::encode(source, kBlock, low_bytes, planes, bases + block, escapes);
     source += 2 * kBlock;
     low_bytes += kBlock;
     planes += 8 * Element::kPlanes;
@@ -123,8 +123,8 @@ uint8_t* encode_by_head(const BlockLayout& layout, const Rows& rows, uint8_t* ou
   return escapes;
 }
 
-// The same where the heads of a token are neighbours in memory: in its order, each head with an equal
-// share of the room for escapes. nullptr also if a share is too small.
+// The same where the heads of a token are neighbours in memory: in its order, each head with an
+// equal share of the room for escapes. nullptr also if a share is too small.
 template <typename Element>
 uint8_t* encode_by_token(const BlockLayout& layout, const Rows& rows, uint8_t* out,
                          const uint8_t* limit) {

@@ -1,4 +1,5 @@
-// What the block-exponent kernels of all instruction sets share, proto/FORMAT.md 3.9. Plain code with internal linkage.
+// What the lossless kernels of all instruction sets share, proto/FORMAT.md 3.8 and 3.9. Plain code
+// with internal linkage.
 #pragma once
 
 #include <cstddef>

@@ -8,7 +8,7 @@ struct ReadTile {
   uint8_t high[kTileElements + kStreamLanes];
 };
 
-// High bytes of a line from the integers of its stream; `base` is the exponent they count down from.
+// High bytes of a line from the integers of its stream, which count down from the exponent `base`.
 template <typename Element>
 void finish_line(uint8_t base, uint32_t count, uint8_t* line) {
   for (uint32_t i = 0; i < count; ++i) {

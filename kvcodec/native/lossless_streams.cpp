@@ -44,8 +44,8 @@ void take_tile(const SectionCodec& codec, const Rows& rows, const Tile& tile, Lo
   const uint32_t channel_step = codec.channel ? kTileTokens : 1;
   for (uint32_t t = 0; t < tile.tokens; ++t) {
     const uint8_t* source = rows.row(tile.head, tile.token + t) + 2 * size_t{tile.channel};
-    uint8_t* low = plane + (size_t{tile.head} * rows.token_count + tile.token + t) * rows.head_size +
-                   tile.channel;
+    const size_t row = size_t{tile.head} * rows.token_count + tile.token + t;
+    uint8_t* low = plane + row * rows.head_size + tile.channel;
     uint8_t* exponent = work.exponent + t * line_step;
     uint8_t* raw = work.raw + t * line_step;
     for (uint32_t c = 0; c < tile.channels; ++c) {
