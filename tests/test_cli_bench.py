@@ -62,12 +62,13 @@ def test_document_has_the_promised_shape(capsys):
 
 
 def test_codecs_may_be_codecs_presets_and_specs(capsys):
-    words = "raw,kv4-channel,key=int8-g64 value=int4-g64"
+    words = "raw,kv4-channel,key=int8-g64 value=int4-g64,lossless-fast"
     _, document, _ = bench(capsys, "--codecs", words, "--isas", ISA)
     found = [row["codec"] for row in document["rows"]]
     assert found[::2] == words.split(",")
     assert found[::2] == found[1::2]
-    raw, mixed = document["rows"][0], document["rows"][4]
+    raw, mixed, lossless = (document["rows"][i] for i in (0, 4, 6))
+    assert 1.2 < lossless["raw_to_encoded"] < 1.45
     assert raw["raw_to_encoded"] == pytest.approx(1, abs=0.01)
     assert mixed["raw_to_encoded"] == pytest.approx(32 / 12.5, rel=0.01)
 

@@ -205,7 +205,7 @@ class _Bench:
         self.threads = block.threads
         self.workers = _Workers(block.threads, self._encode_all)
         # No stream writes over the encoded pages.
-        raw, page = layout.raw_bytes, int(self.page_bytes)
+        raw, page = layout.raw_bytes, int(self.page_bytes) // 64 * 64
         self.cases = {
             ("memcpy", ""): self._traffic(MEMCPY, memory.source, raw, memory.decoded, raw),
             ("stream", "encode"): self._traffic(STREAM, memory.source, raw, memory.streamed, page),
