@@ -48,9 +48,9 @@ constexpr uint32_t kEncoderRotarySlots = 2;
 struct EncoderScratch {
   WrittenTile written[kInterleaved];
   // Of each channel or token.
-  alignas(64) float average[kTileChannels];
-  alignas(64) float energy[kTileChannels];
-  alignas(64) float largest[kTileChannels];
+  alignas(64) float average[kTileChannels + 16];
+  alignas(64) float energy[kTileChannels + 16];
+  alignas(64) float largest[kTileChannels + 16];
   alignas(64) float inverse[kTileChannels];
   alignas(64) float subtracted[kTileChannels];
   EcqGroups groups;
@@ -70,11 +70,23 @@ struct VectorEncoder {
   EcqOrder order{};
   const kvc_rotary* order_rotary = nullptr;  // that `order` is for
   uint32_t rotary_token[kEncoderRotarySlots];
-  uint32_t rotary_padded = 0;
+  NextRows next;  // of the tile after this one
 
   VectorEncoder(const SectionCodec& c, const Rows& r, uint8_t* memory)
       : codec(c), rows(r), rotary(nullptr), scratch(*reinterpret_cast<EncoderScratch*>(memory)) {
     for (uint32_t& token : rotary_token) token = ~0u;
+  }
+
+  // `walk` is at the current tile.
+  void look_ahead(TileWalk walk) {
+    next = {};
+    walk.advance();
+    if (walk.ended()) return;
+    const Tile& tile = walk.tile();
+    next.row = rows.row(tile.head, tile.token) + tile.channel * 2;
+    next.stride = rows.token_stride;
+    next.rows = tile.tokens;
+    next.row_bytes = tile.channels * 2;
   }
 
   uint32_t pairs() const { return rotary != nullptr ? rotary->size / 2 : 0; }
@@ -218,6 +230,7 @@ void measure_pairs(VectorEncoder& encoder, const Tile& tile, const float* cosine
     ChannelSums first;
     ChannelSums second;
     for (uint32_t t = 0; t < tile.tokens; ++t) {
+      encoder.next.fetch();
       __m512 a;
       __m512 b;
       load_pairs<Element>(rotary, work.rows + t * padded, i, &a, &b);
@@ -241,28 +254,54 @@ void measure_pairs(VectorEncoder& encoder, const Tile& tile, const float* cosine
   }
 }
 
+// Sixteen groups of one line each, or of two that lie `other` apart.
+inline void measure_sixteen(EncoderScratch& scratch, uint32_t group, uint32_t count, uint32_t line,
+                            uint32_t other, uint32_t elements) {
+  const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+  __m512 energy = _mm512_loadu_ps(scratch.energy + line);
+  __m512 largest = _mm512_loadu_ps(scratch.largest + line);
+  __m512i top = _mm512_and_si512(_mm512_loadu_si512(scratch.average + line), magnitude);
+  if (other != 0) {
+    energy = _mm512_add_ps(energy, _mm512_loadu_ps(scratch.energy + line + other));
+    largest = _mm512_max_ps(largest, _mm512_loadu_ps(scratch.largest + line + other));
+    top = _mm512_max_epi32(
+        top,
+        _mm512_and_si512(_mm512_loadu_si512(scratch.average + line + other), magnitude));
+  }
+  const __m512 divisor = _mm512_set1_ps(static_cast<float>(other != 0 ? 2 * elements : elements));
+  const __m512i square = _mm512_castps_si512(_mm512_div_ps(energy, divisor));
+  const __m512i mantissa = _mm512_and_si512(square, _mm512_set1_epi32(0x7FFFFF));
+  const __m512i biased = _mm512_srli_epi32(square, 23);
+  const __m512i one = _mm512_set1_epi32(1);
+  __m512i e = _mm512_sub_epi32(_mm512_add_epi32(biased, biased), _mm512_set1_epi32(254));
+  e = _mm512_mask_add_epi32(
+      e, _mm512_cmpge_epi32_mask(mantissa, _mm512_set1_epi32(0x1837F0)), e, one);
+  e = _mm512_mask_add_epi32(
+      e, _mm512_cmpge_epi32_mask(mantissa, _mm512_set1_epi32(0x5744FD)), e, one);
+  e = _mm512_mask_mov_epi32(e, _mm512_testn_epi32_mask(biased, biased),
+                            _mm512_set1_epi32(kNoEnergy));
+  const __m512i floor = _mm512_sub_epi32(_mm512_slli_epi32(_mm512_srli_epi32(top, 23), 2),
+                                         _mm512_set1_epi32(4 * 127 + 32));
+  e = _mm512_mask_max_epi32(e, _mm512_test_epi32_mask(top, top), e, floor);
+  const __mmask16 there = static_cast<__mmask16>(_bzhi_u32(0xFFFF, smaller_of(count, 16)));
+  EcqGroups& groups = scratch.groups;
+  _mm512_mask_storeu_epi32(groups.exponent + group, there, e);
+  _mm512_mask_storeu_ps(groups.largest + group, there, largest);
+  _mm512_mask_storeu_epi32(groups.top + group, there, top);
+}
+
 // Groups of channels: pairs first.
 inline void measure_groups(VectorEncoder& encoder, const Tile& tile) {
   EncoderScratch& scratch = encoder.scratch;
-  EcqGroups& groups = scratch.groups;
   const uint32_t pairs = encoder.pairs();
+  const uint32_t groups = encoder.order.groups;
   const uint32_t elements = encoder.codec.channel ? tile.tokens : tile.channels;
-  for (uint32_t g = 0; g < encoder.order.groups; ++g) {
-    const uint32_t line = g < pairs ? g : g + pairs;
-    float energy = scratch.energy[line];
-    groups.largest[g] = scratch.largest[line];
-    groups.top[g] = float_of(bits_of(scratch.average[line]) & 0x7FFFFFFF);
-    groups.sequences[g] = 1;
-    if (g < pairs) {
-      const uint32_t other = g + pairs;
-      const float top = float_of(bits_of(scratch.average[other]) & 0x7FFFFFFF);
-      energy = energy + scratch.energy[other];
-      if (scratch.largest[other] > groups.largest[g]) groups.largest[g] = scratch.largest[other];
-      if (top > groups.top[g]) groups.top[g] = top;
-      groups.sequences[g] = 2;
-    }
-    groups.measure(g, energy, groups.sequences[g] * elements);
-  }
+  for (uint32_t g = 0; g < pairs; g += 16)
+    measure_sixteen(scratch, g, pairs - g, g, pairs, elements);
+  for (uint32_t g = pairs; g < groups; g += 16)
+    measure_sixteen(scratch, g, groups - g, g + pairs, 0, elements);
+  memset(scratch.groups.sequences, 2, pairs);
+  memset(scratch.groups.sequences + pairs, 1, groups - pairs);
 }
 
 template <typename Element>
@@ -321,6 +360,65 @@ bool take_tile(VectorEncoder& encoder, const Tile& tile) {
 
 // ---- quantizing
 
+struct ChosenScales {
+  __m512i scale;
+  __m512 inverse;
+  __m512i coding;  // offset of the table of family 0, shift << 24
+  __m512i path;
+};
+
+// Sixteen groups: EcqGroups::scale(), and what follows from it.
+KVC_INLINE ChosenScales choose_sixteen(const EcqGroups& groups, uint32_t group, uint32_t count,
+                                       const EcqScale& steps) {
+  const __mmask16 there = static_cast<__mmask16>(_bzhi_u32(0xFFFF, smaller_of(count, 16)));
+  const __m512 largest = _mm512_maskz_loadu_ps(there, groups.largest + group);
+  const __m512 top = _mm512_maskz_loadu_ps(there, groups.top + group);
+  const __mmask16 empty = _mm512_cmp_ps_mask(largest, _mm512_setzero_ps(), _CMP_EQ_OQ) &
+                          _mm512_cmp_ps_mask(top, _mm512_setzero_ps(), _CMP_EQ_OQ);
+  const __m512i r = _mm512_set1_epi32(steps.reference);
+  const __m512i e = _mm512_max_epi32(_mm512_maskz_loadu_epi32(there, groups.exponent + group),
+                                     _mm512_sub_epi32(r, _mm512_set1_epi32(126)));
+  const __m512 sixteenths = _mm512_loadu_ps(kSixteenths);
+  ChosenScales chosen;
+  chosen.scale = _mm512_mask_mov_epi32(_mm512_sub_epi32(r, e), empty,
+                                       _mm512_set1_epi32(kEmptyGroup));
+  __m512i t;
+  for (;;) {
+    const __m512i weighed =
+        _mm512_mullo_epi32(chosen.scale, _mm512_set1_epi32(steps.weight));
+    t = _mm512_min_epi32(
+        _mm512_sub_epi32(_mm512_set1_epi32(-steps.nominal), weighed), _mm512_set1_epi32(62));
+    const __m512i d =
+        _mm512_sub_epi32(_mm512_slli_epi32(_mm512_sub_epi32(r, chosen.scale), 2), t);
+    const __m512i i = _mm512_sub_epi32(_mm512_set1_epi32(16), d);
+    const __m512i octaves = _mm512_slli_epi32(_mm512_srai_epi32(i, 4), 23);
+    chosen.inverse = _mm512_castsi512_ps(_mm512_add_epi32(
+        _mm512_castps_si512(_mm512_permutexvar_ps(i, sixteenths)), octaves));
+    const __mmask16 fails =
+        _mm512_cmp_ps_mask(_mm512_mul_ps(largest, chosen.inverse),
+                           _mm512_set1_ps(kLargestDeviation), _CMP_NLE_UQ) |
+        _mm512_cmp_ps_mask(_mm512_mul_ps(top, chosen.inverse), _mm512_set1_ps(kLargestMean),
+                           _CMP_NLE_UQ);
+    const __mmask16 coarser = fails & static_cast<__mmask16>(~empty);
+    if (coarser == 0) break;
+    chosen.scale =
+        _mm512_mask_sub_epi32(chosen.scale, coarser, chosen.scale, _mm512_set1_epi32(1));
+  }
+  const __m512i zero = _mm512_setzero_si512();
+  const __m512i c = _mm512_max_epi32(
+      _mm512_add_epi32(_mm512_srai_epi32(_mm512_add_epi32(t, _mm512_set1_epi32(2)), 2),
+                       _mm512_set1_epi32(10)),
+      zero);
+  const __m512i shift = _mm512_max_epi32(
+      _mm512_srai_epi32(_mm512_sub_epi32(c, _mm512_set1_epi32(13)), 2), zero);
+  const __m512i table = _mm512_sub_epi32(c, _mm512_slli_epi32(shift, 2));
+  chosen.coding =
+      _mm512_or_si512(_mm512_mullo_epi32(table, _mm512_set1_epi32(sizeof(WriterTable))),
+                      _mm512_slli_epi32(shift, 24));
+  chosen.path = _mm512_min_epi32(c, _mm512_set1_epi32(17));
+  return chosen;
+}
+
 // Scales of all groups, the multipliers of all lines, and the steps of all elements.
 inline void plan_tile(VectorEncoder& encoder, const Tile& tile, const EcqScale& steps,
                       WrittenTile& written) {
@@ -329,17 +427,16 @@ inline void plan_tile(VectorEncoder& encoder, const Tile& tile, const EcqScale& 
   const EcqOrder& order = encoder.order;
   const uint32_t pairs = encoder.pairs();
   const uint32_t elements = encoder.codec.channel ? tile.tokens : tile.channels;
-  float inverse[kTileChannels];
-  uint32_t coding[kTileChannels];
-  uint8_t path[kTileChannels];
-  for (uint32_t g = 0; g < order.groups; ++g) {
-    const int32_t s = scratch.groups.scale(g, steps);
-    const uint32_t c = steps.class_of(s);
-    const CodeClass parts = code_class(c);
-    written.scale[g] = static_cast<int16_t>(s);
-    inverse[g] = power_of_sixteenths(16 - steps.step_of(s));
-    coding[g] = static_cast<uint32_t>(parts.table * sizeof(WriterTable)) | parts.shift << 24;
-    path[g] = static_cast<uint8_t>(c <= 16 ? c : 17);
+  alignas(64) float inverse[kTileChannels];
+  alignas(64) uint32_t coding[kTileChannels];
+  alignas(16) uint8_t path[kTileChannels];
+  for (uint32_t g = 0; g < order.groups; g += 16) {
+    const ChosenScales chosen = choose_sixteen(scratch.groups, g, order.groups - g, steps);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(written.scale + g),
+                       _mm512_cvtepi32_epi16(chosen.scale));
+    _mm512_store_ps(inverse + g, chosen.inverse);
+    _mm512_store_si512(coding + g, chosen.coding);
+    _mm_store_si128(reinterpret_cast<__m128i*>(path + g), _mm512_cvtepi32_epi8(chosen.path));
   }
   uint32_t count = 0;
   for (uint32_t i = 0; i < order.count; ++i) {
@@ -530,7 +627,7 @@ bool search_tile_of(VectorEncoder& encoder, const Tile& tile, WrittenTile& writt
   plan_tile(encoder, tile, steps, written);
   quantize_tile(encoder, tile, written);
   const uint32_t elements = encoder.codec.channel ? tile.tokens : tile.channels;
-  search_tile(encoder.scratch.searched.trellis, elements % 32 != 0, written.k);
+  search_tile(encoder.scratch.searched.trellis, elements % 32 != 0, encoder.next, written.k);
   written.entry.reference = static_cast<uint8_t>(steps.reference + kReferenceBias);
   written.entry.family = cheapest_family(written);
   written.entry.scale_class = cheapest_class_of(written.scale, groups);
@@ -596,6 +693,7 @@ bool choose_derotation(VectorEncoder& encoder, const kvc_rotary* rotary, bool* i
   int64_t gain = 0;
   for (TileWalk walk(encoder.rows); !walk.ended(); walk.advance()) {
     const Tile& tile = walk.tile();
+    encoder.look_ahead(walk);
     encoder.rotary = nullptr;
     *inside = take_tile<Element>(encoder, tile);
     if (!*inside) return false;
@@ -627,6 +725,7 @@ size_t encode_elements(const SectionCodec& codec, const Rows& rows, const kvc_ro
     uint32_t count = 0;
     for (; count < kInterleaved && !walk.ended(); walk.advance(), ++count) {
       tiles[count] = walk.tile();
+      encoder.look_ahead(walk);
       if (!search_tile_of<Element>(encoder, tiles[count], encoder.scratch.written[count])) return 0;
     }
     if (!write_tiles(encoder, tiles, count, writer)) return 0;

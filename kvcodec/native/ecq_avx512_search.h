@@ -54,6 +54,25 @@ struct TrellisSteps {
   uint8_t lanes[kMaxTileSteps];
 };
 
+// Rows that are read next, prefetched line by line while there is other work.
+struct NextRows {
+  const uint8_t* row = nullptr;
+  int64_t stride = 0;
+  uint32_t rows = 0;
+  uint32_t row_bytes = 0;
+  uint32_t at = 0;
+
+  KVC_INLINE void fetch() {
+    if (rows == 0) return;
+    prefetch(row, at);
+    at += 64;
+    if (at < row_bytes) return;
+    at = 0;
+    row += stride;
+    --rows;
+  }
+};
+
 // The two bits of the state of every lane.
 struct LaneStates {
   uint32_t o;
@@ -69,7 +88,7 @@ KVC_INLINE __m512i price_of(__m512i x, const uint16_t* path, __m512i square_low,
 }
 
 template <bool kMasked>
-LaneStates search_forward(TrellisSteps& steps) {
+LaneStates search_forward(TrellisSteps& steps, NextRows next) {
   const __m512i square_low = _mm512_load_si512(kPathTables.square);
   const __m512i square_high = _mm512_load_si512(kPathTables.square + 32);
   __m512i t0 = _mm512_setzero_si512();
@@ -79,6 +98,7 @@ LaneStates search_forward(TrellisSteps& steps) {
   const uint32_t count = steps.count;
   for (uint32_t i = 0; i < count; ++i) {
     const PathTable& path = kPathTables.table[steps.path_table[i]];
+    next.fetch();
     const __m512i x0 = _mm512_add_epi16(_mm512_load_si512(steps.v[i]), _mm512_set1_epi16(32));
     const __m512i x1 = _mm512_sub_epi16(x0, _mm512_set1_epi16(16));
     const __m512i x2 = _mm512_sub_epi16(x0, _mm512_set1_epi16(32));
@@ -147,7 +167,7 @@ KVC_INLINE void trace_back(const TrellisSteps& steps, LaneStates states, int8_t*
   }
 }
 
-inline void search_tile(TrellisSteps& steps, bool masked, int8_t* k) {
-  if (masked) return trace_back<true>(steps, search_forward<true>(steps), k);
-  trace_back<false>(steps, search_forward<false>(steps), k);
+inline void search_tile(TrellisSteps& steps, bool masked, const NextRows& next, int8_t* k) {
+  if (masked) return trace_back<true>(steps, search_forward<true>(steps, next), k);
+  trace_back<false>(steps, search_forward<false>(steps, next), k);
 }
