@@ -1,5 +1,5 @@
-// Kind ecq on AVX-512: the search of the trellis. Included by ecq_avx512.cpp inside its target region
-// and namespace.
+// Kind ecq on AVX-512: the search of the trellis. Included by ecq_avx512.cpp inside its target
+// region and namespace.
 
 // Path costs of even and of odd indices k, by k >> 1 modulo 64.
 struct alignas(64) PathTable {

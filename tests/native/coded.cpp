@@ -1,5 +1,6 @@
-// Coded sections on every instruction set, kernel by kernel: the same bytes, the same rows, the same
-// verdict on damaged ones. Memory is as long as what may be touched, for the sanitizers to watch.
+// Coded sections on every instruction set, kernel by kernel: the same bytes, the same rows, the
+// same verdict on damaged ones. Memory is as long as what may be touched, for the sanitizers to
+// watch.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -121,8 +122,8 @@ std::vector<const Kernels*> tables() {
 
 [[noreturn]] void fail(const char* what, uint32_t seed, const CodedCase& made, const char* isa) {
   std::fprintf(stderr,
-               "FAILED: %s\n  seed %u, isa %s, kind %u, dtype %u, bits %u, channel %d, %u x %u x %u, "
-               "%u rotated\n",
+               "FAILED: %s\n  seed %u, isa %s, kind %u, dtype %u, bits %u, channel %d, "
+               "%u x %u x %u, %u rotated\n",
                what, seed, isa, made.codec.kind, made.codec.dtype, made.codec.bits,
                made.codec.channel, made.heads, made.tokens, made.size,
                made.table.empty() ? 0 : made.rotary.size);
@@ -219,8 +220,8 @@ void compare_coded(uint32_t cases) {
       refused += !sound;
     }
   }
-  std::printf("coded: %u sections, %u coded, %u of %u damaged ones refused\n", cases, coded, refused,
-              8 * coded);
+  std::printf("coded: %u sections, %u coded, %u of %u damaged ones refused\n", cases, coded,
+              refused, 8 * coded);
 }
 
 }  // namespace driver

@@ -6,7 +6,7 @@
 //   driver coded [cases]     the same for coded sections, and the same verdict on damaged ones
 //   driver damage [cases]    a flipped byte anywhere is found, a wrong length is refused
 //   driver plans             a plan that contradicts itself is refused
-//   driver threads [rounds]  submit, wait, cancel and free from eight threads, and destroy under load
+//   driver threads [rounds]  submit, wait, cancel and free from eight threads, destroy under load
 //   driver all               all of them, briefly
 //
 // Prints a line per mode; exit status 1 and the case at the first difference.
