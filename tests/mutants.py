@@ -57,7 +57,11 @@ class Original:
 def originals() -> list[Original]:
     """One page per codec and element type, and a few with more sections and richer headers."""
     rich = ("layers-mixed", "mla-512-64-kv4", "extensions", "head-range", "identity-unicode")
-    return [Original.of(case) for case in [*TINY_CASES.values(), *(CASES[name] for name in rich)]]
+    coded = ("ecq-3-bf16", "ecq-3-fp32", "lossless-fp16", "lossless-fast-bf16", "ecq-rotary")
+    return [
+        Original.of(case)
+        for case in [*TINY_CASES.values(), *(CASES[name] for name in rich + coded)]
+    ]
 
 
 Random = random.Random

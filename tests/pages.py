@@ -15,7 +15,7 @@ from kvcodec.errors import PageError
 from kvcodec.format import CHECKSUM_BYTES, FIXED, SECTION, STREAM, EncodedPage, Extension, pad64
 from kvcodec.identity import Identity, Namespace
 from kvcodec.layout import DType, PageLayout, PageViews, Role, Stream
-from kvcodec.plan import ROTATED_ROLES, PagePlan
+from kvcodec.plan import ROTARY_EXTENSION, ROTATED_ROLES, PagePlan
 from kvcodec.reference import decode_section, encode_section
 from kvcodec.rotary import Rotary
 from kvcodec.spec import CodecSpec, SectionCodec
@@ -54,6 +54,7 @@ class Case:
     minor: int = 0
     optional_flags: int = 0
     extensions: tuple[Extension, ...] = ()
+    rotary: Rotary | None = None
     identity: Identity = IDENTITY
     key: str = KEY
     special: bool = False
@@ -67,6 +68,12 @@ class Case:
     def namespace(self) -> Namespace:
         return Namespace(self.identity, self.layout)
 
+    @property
+    def extensions_in_page(self) -> tuple[Extension, ...]:
+        """All that the header has, the rotary parameters among them."""
+        extra = [] if self.rotary is None else [Extension(ROTARY_EXTENSION, self.rotary.record)]
+        return tuple(sorted([*self.extensions, *extra], key=lambda extension: extension.type))
+
     def rows(self) -> list[Rows]:
         """The raw page: per stream the element bits (layers, heads, tokens, head_size)."""
         rows = make_rows(self.layout, seed=xxhash.xxh3_64_intdigest(self.name.encode()) % 2**32)
@@ -78,7 +85,11 @@ class Case:
 
     def plan(self) -> PagePlan:
         plan = PagePlan.build(
-            self.namespace, self.codecs, len(self.key.encode()), extensions=self.extensions
+            self.namespace,
+            self.codecs,
+            len(self.key.encode()),
+            extensions=self.extensions,
+            rotary=self.rotary,
         )
         header = bytearray(plan.header)
         struct.pack_into("<H", header, 10, self.minor)
@@ -388,8 +399,39 @@ def _special_cases() -> Iterator[Case]:
             )
 
 
+ROTARY = Rotary(48, 0, tuple(float(np.float32(10000.0 ** (-i / 24))) for i in range(24)))
+
+
+def _coded_cases() -> Iterator[Case]:
+    for spec, dtypes in {
+        "ecq-3": (DType.BF16, DType.FP16, DType.FP32),
+        "lossless": (DType.BF16, DType.FP16),
+        "lossless-fast": (DType.BF16, DType.FP16),
+    }.items():
+        for dtype in dtypes:
+            yield Case(
+                name=f"{spec}-{dtype.text}",
+                layout=mha(dtype=dtype, tokens=19, heads=2, size=40, value_size=33),
+                spec=spec,
+            )
+    yield Case(
+        name="ecq-rotary",
+        layout=mha(tokens=70, heads=1, size=56),
+        spec="key=ecq-4.25-channel value=int8",
+        extensions=(Extension(1000, b"twelve bytes"),),
+        rotary=ROTARY,
+    )
+    yield Case(name="ecq-mla", layout=mla(), spec="key=ecq-2.5-channel value=ecq-2 rope=lossless")
+    yield Case(
+        name="coded-as-raw",
+        layout=mha(tokens=16, heads=1, size=64),
+        spec="key=ecq-2-channel value=lossless",
+        special=True,
+    )
+
+
 CASES: dict[str, Case] = {
-    case.name: case for case in [*_int_cases(), *_other_cases(), *_special_cases()]
+    case.name: case for case in [*_int_cases(), *_other_cases(), *_special_cases(), *_coded_cases()]
 }
 
 #: One small page per codec and element type, for tests that try every bit of it.

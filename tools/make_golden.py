@@ -53,6 +53,8 @@ def accepted(case: Case) -> tuple[dict[str, bytes], dict[str, Any]]:
         "lossless": decoded == raw,
         "outside_groups": outside_groups(case.plan(), case.rows()),
     }
+    if case.rotary is not None:
+        entry["rotary"] = case.rotary.record.hex()
     return files, entry
 
 

@@ -26,7 +26,7 @@ from types import TracebackType
 
 from sglang_cpu_bridge import server_environment
 
-START_SECONDS = 240.0
+START_SECONDS = 600.0
 REQUEST_SECONDS = 120.0
 STOP_SECONDS = 15.0
 _PR_SET_PDEATHSIG = 1

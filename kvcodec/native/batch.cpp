@@ -322,8 +322,10 @@ void kvc_batch::run_chunk(size_t page_index, size_t chunk, Scratch& scratch) {
 int kvc_batch::begin_page(const kvc_page& page, PageState& state) const {
   if (operation_ == KVC_ENCODE)
     return page.encoded_bytes < plan_.page_bytes ? KVC_BAD_LENGTH : KVC_OK;
-  if (plan_.size_offset == 0 ? page.encoded_bytes != plan_.page_bytes
-                             : page.encoded_bytes < plan_.header_bytes) {
+  if (plan_.size_offset == 0) {
+    if (page.encoded_bytes != plan_.page_bytes) return KVC_BAD_LENGTH;
+  } else if (page.encoded_bytes < plan_.header_bytes ||
+             page.encoded_bytes != load64(page.encoded + plan_.size_offset)) {
     return KVC_BAD_LENGTH;
   }
   // Workers that begin a page at the same time each look for themselves, and find the same.
@@ -345,8 +347,8 @@ int kvc_batch::compare_header(const kvc_page& page) const {
     return KVC_BAD_HEADER_CHECKSUM;
   if (plan_.size_offset == 0) return KVC_OK;
   uint64_t end;
-  const bool fits = find_from_start(page, plan_.section_count, &end) && end == page.encoded_bytes &&
-                    end == load64(page.encoded + plan_.size_offset);
+  const bool fits =
+      find_from_start(page, plan_.section_count, &end) && end == page.encoded_bytes;
   return fits ? KVC_OK : KVC_BAD_LENGTH;
 }
 
