@@ -73,10 +73,19 @@ def test_raw_pages_come_back_bit_exact(configuration: dict[str, Any], tmp_path: 
     assert not [name for name in counters if name.startswith("sglang.")]
 
 
+@pytest.mark.parametrize("preset", ["lossless", "lossless-fast"])
+def test_lossless_preset_brings_every_bit_back(preset: str, tmp_path: Path):
+    _, original, rows, counters = round_trip(
+        tmp_path, {"preset": preset}, layout="page_first", page_size=32
+    )
+    assert rows.equals(original)
+    assert counters["backup.encoded_bytes"] < counters["backup.raw_bytes"]
+
+
 LOSSY = ["kv8", "kv4", "kv2", "k8v4", "kv8-asym", "kv4-asym", "kv8-channel", "kv4-channel"]
 
 
-@pytest.mark.parametrize("preset", [*LOSSY, "kv2-channel"])
+@pytest.mark.parametrize("preset", [*LOSSY, "kv2-channel", "ecq-3"])
 @pytest.mark.parametrize("layout", ["layer_first", "page_first"])
 def test_rows_are_what_the_reference_codec_makes_of_them(preset: str, layout: str, tmp_path: Path):
     """Bit for bit, hence within the error that the reference's own tests bound."""

@@ -42,6 +42,9 @@ _SPECS = (
     "kv4-asym",
     "kv4-channel",
     "kv2-channel",
+    "ecq-3",
+    "lossless",
+    "lossless-fast",
 )
 _CHECKSUM_SIZES = (0, 1, 3, 8, 16, 64, 128, 129, 240, 241, 1024, 100_000)
 
