@@ -68,22 +68,24 @@ def measure(
     )
     namespace = Namespace(Identity.of(model="synthetic"), layout)
     plan = PagePlan.build(namespace, CodecSpec.parse(preset).section_codecs(layout), len(KEY))
-    errors = []
+    errors, sizes = [], []
     for page in pages:
-        encoded = np.zeros(plan.page_bytes, np.uint8)
+        slot = np.zeros(plan.page_bytes, np.uint8)
         decoded = [np.empty_like(array) for array in page]
-        codec.encode_into(plan, [KEY], PageViews.of_arrays(layout, page), [encoded])
+        views = PageViews.of_arrays(layout, page)
+        sizes.append(int(codec.encode_into(plan, [KEY], views, [slot]).page_bytes[0]))
         (problem,) = codec.decode_into(
-            namespace, plan, [KEY], [encoded], PageViews.of_arrays(layout, decoded)
+            namespace, plan, [KEY], [slot[: sizes[-1]]], PageViews.of_arrays(layout, decoded)
         )
         if problem is not None:
             raise problem
         errors.append([relative_error(a, b) for a, b in zip(page, decoded, strict=True)])
+    page_bytes = float(np.mean(sizes))
     key_error, value_error = np.mean(errors, axis=0).tolist()
     return {
         "preset": preset,
-        "bits_per_value": 8 * plan.page_bytes / (layout.raw_bytes / layout.dtype.itemsize),
-        "ratio": layout.raw_bytes / plan.page_bytes,
+        "bits_per_value": 8 * page_bytes / (layout.raw_bytes / layout.dtype.itemsize),
+        "ratio": layout.raw_bytes / page_bytes,
         "key_error": key_error,
         "value_error": value_error,
     }
