@@ -7,6 +7,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from pages import CASES, TINY_CASES, Case, reseal
 
 from kvcodec.format import FIXED, SECTION, STREAM, EncodedPage, pad64
@@ -183,3 +184,23 @@ def mutants(
         if seal:
             page = reseal(page)
         yield Mutant(own, bytes(page), seal)
+
+
+def damaged_sections(page: bytes, random: np.random.Generator) -> Iterator[bytes]:
+    """The page with bits of its first section turned, or a stretch of it replaced, and right
+    checksums. Where a coded section starts and ends, most of all.
+    """
+    header = EncodedPage.parse(page).header
+    start, size = header.section_offsets[0], header.stored_bytes[0]
+    places = [*range(40), *range(40, 80, 2), *(size - 1 - i for i in range(0, 72, 3))]
+    places += random.integers(0, size, 60).tolist()
+    for place in places:
+        made = bytearray(page)
+        made[start + place] ^= 1 << int(random.integers(8))
+        yield bytes(reseal(made))
+    for _ in range(12):
+        made = bytearray(page)
+        at = start + int(random.integers(0, size))
+        end = min(start + size, at + int(random.integers(1, 400)))
+        made[at:end] = random.bytes(end - at)
+        yield bytes(reseal(made))

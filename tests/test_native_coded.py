@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from pages import IDENTITY, native_decode, reseal
+from mutants import damaged_sections
+from pages import IDENTITY, native_decode
 
 from kvcodec import native
 from kvcodec.codec import Codec
@@ -192,31 +193,13 @@ def test_what_the_codec_cannot_hold_is_stored_raw(codec: Codec, every_isa: list[
         assert stored_of(section.write(codec, rows)) == rows.tobytes()
 
 
-def damaged_pages(page: bytes, random: np.random.Generator) -> Iterator[bytes]:
-    """The page with bytes of its first section changed, and right checksums."""
-    header = EncodedPage.parse(page).header
-    start, size = header.section_offsets[0], header.stored_bytes[0]
-    places = [*range(40), *(size - 1 - i for i in range(0, 72, 3))]
-    places += random.integers(0, size, 40).tolist()
-    for place in places:
-        made = bytearray(page)
-        made[start + place] ^= 1 << int(random.integers(8))
-        yield bytes(reseal(made))
-    for _ in range(12):
-        made = bytearray(page)
-        at = start + int(random.integers(0, size))
-        end = min(start + size, at + int(random.integers(1, 400)))
-        made[at:end] = random.bytes(end - at)
-        yield bytes(reseal(made))
-
-
 @pytest.mark.parametrize("choice", [0, 5])
 def test_all_readers_agree_on_damage(codec: Codec, every_isa: list[str], choice: int):
     """With right checksums: each refuses what the reference refuses, and reads what it reads."""
     section = Section((2, 20, 72), DType.BF16, *CODECS[choice])
     page = section.write(codec, section.rows(1))
     refused = 0
-    for made in damaged_pages(page, np.random.default_rng(7)):
+    for made in damaged_sections(page, np.random.default_rng(7)):
         try:
             values = decode_ecq(stored_of(made), section.shape, section.dtype, section.codec)
         except DamagedSection:

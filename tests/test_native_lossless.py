@@ -12,7 +12,8 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pages import IDENTITY, native_decode, reseal
+from mutants import damaged_sections
+from pages import IDENTITY, native_decode
 
 from kvcodec import native
 from kvcodec._reference_stream import DamagedSection
@@ -218,24 +219,6 @@ def narrow_section(shape: tuple[int, int, int], dtype: DType) -> Rows:
     return (exponent << shift | rest).astype(np.uint16)
 
 
-def damaged_pages(page: bytes, random: np.random.Generator) -> Iterator[bytes]:
-    """The page with bits of its first section turned, and right checksums."""
-    header = EncodedPage.parse(page).header
-    start, size = header.section_offsets[0], header.stored_bytes[0]
-    places = [*range(0, 80, 2), *(size - 1 - i for i in range(0, 72, 3))]
-    places += random.integers(0, size, 60).tolist()
-    for place in places:
-        made = bytearray(page)
-        made[start + place] ^= 1 << int(random.integers(8))
-        yield bytes(reseal(made))
-    for _ in range(12):
-        made = bytearray(page)
-        at = start + int(random.integers(0, size))
-        end = min(start + size, at + int(random.integers(1, 400)))
-        made[at:end] = random.bytes(end - at)
-        yield bytes(reseal(made))
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("text", TEXTS)
 def test_all_readers_agree_on_damage(codec: Codec, text: str, dtype: DType):
@@ -245,7 +228,7 @@ def test_all_readers_agree_on_damage(codec: Codec, text: str, dtype: DType):
     page = write_page(codec, plan, narrow_section(shape, dtype))
     before = native.isa()
     refused = 0
-    for made in damaged_pages(page, np.random.default_rng(7)):
+    for made in damaged_sections(page, np.random.default_rng(7)):
         expected = reference_decode(text, section_of(made), shape, dtype)
         refused += expected is None
         for name in native.available_isas():
@@ -263,7 +246,7 @@ def test_verification_finds_what_decoding_finds(codec: Codec, isa: str, text: st
     shape = (2, 20, 72)
     plan = plan_of(text, shape, DType.BF16)
     page = write_page(codec, plan, narrow_section(shape, DType.BF16))
-    made = [page, *damaged_pages(page, np.random.default_rng(3))][::5]
+    made = [page, *damaged_sections(page, np.random.default_rng(3))][::5]
     rows = [np.zeros((1, 1, *shape), np.uint16)] * 2
     strides = PageViews.of_arrays(plan.layout, rows).strides
     data = [np.frombuffer(one, np.uint8) for one in made]
