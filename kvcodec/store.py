@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 
 from kvcodec.backend import GetResult, PutResult, open_backend
+from kvcodec.encoding import PageEncoder
 from kvcodec.errors import ConfigError, PageError
 from kvcodec.guard import Attempt
 from kvcodec.identity import MAX_KEY_BYTES, Namespace, encode_key
@@ -58,13 +59,18 @@ class PageStore:
         self.namespace = namespace
         self.spec = spec
         self.protected_spec = protected_spec or CodecSpec()
-        self._specs = {"plain": spec, "protected": self.protected_spec, "raw": CodecSpec()}
-        self._rotary = rotary
-        self._plans: dict[tuple[str, int], PagePlan] = {}
         self._rewrite: OrderedDict[str, None] = OrderedDict()
         for checked in (spec, self.protected_spec):
             check_spec(checked, self.layout, pipeline.options.minimum_bits)
-        page_bytes = max(self.plan(which, MAX_KEY_BYTES).page_bytes for which in self._specs)
+        self._encoder = PageEncoder(
+            pipeline.codec,
+            namespace,
+            pipeline.counts,
+            spec=spec,
+            protected_spec=self.protected_spec,
+            rotary=rotary,
+        )
+        page_bytes = self._encoder.largest_page_bytes(MAX_KEY_BYTES)
         # Rows at memory pages: a disk reads into those, and writes from them, without a copy.
         self._row_bytes = -(-page_bytes // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
         if 2 * self._row_bytes > pipeline.options.buffer_bytes:
@@ -87,13 +93,7 @@ class PageStore:
 
     def plan(self, which: str = "plain", key_bytes: int = 64) -> PagePlan:
         """The plan of pages with keys of that length: ``plain``, ``protected`` or ``raw``."""
-        plan = self._plans.get((which, key_bytes))
-        if plan is None:
-            codecs = self._specs[which].section_codecs(self.layout)
-            plan = self._plans[which, key_bytes] = PagePlan.build(
-                self.namespace, codecs, key_bytes, rotary=self._rotary
-            )
-        return plan
+        return self._encoder.plan(which, key_bytes)
 
     def exists(self, keys: Sequence[str]) -> list[bool]:
         """Whether each page is stored. No answer in time is a no."""
@@ -134,7 +134,9 @@ class PageStore:
         )
 
         def encode(chunk: Chunk) -> None:
-            self._encode(chunk, marks[chunk.indices[0]], keys, views)
+            data = [encode_key(keys[index]) for index in chunk.indices]
+            mark, selected = marks[chunk.indices[0]], views.select(chunk.indices)
+            chunk.pages = self._encoder.encode(mark, data, selected, chunk.rows)
 
         def put(chunk: Chunk, seconds: float) -> list[PutResult] | None:
             wanted = [names[index] for index in chunk.indices]
@@ -282,23 +284,6 @@ class PageStore:
         if answer is None:
             self._count("exists.unanswered")
         return answer
-
-    def _encode(self, chunk: Chunk, which: str, keys: Sequence[str], views: PageViews) -> None:
-        """Fill `chunk.pages` from the views; a page with values the codec cannot hold is encoded
-        again, raw.
-        """
-        data = [encode_key(keys[index]) for index in chunk.indices]
-        plan, raw = self.plan(which, len(data[0])), self.plan("raw", len(data[0]))
-        selected, codec = views.select(chunk.indices), self._pipeline.codec
-        encoded = codec.encode_into(plan, data, selected, chunk.rows)
-        sizes = encoded.page_bytes.tolist()
-        for row in np.flatnonzero(encoded.nonfinite_groups).tolist():
-            codec.encode_into(raw, [data[row]], selected.select([row]), [chunk.rows[row]])
-            sizes[row] = raw.page_bytes
-            self._count("backup.nonfinite")
-        self._count("backup.raw_bytes", self.layout.raw_bytes * len(data))
-        self._count("backup.encoded_bytes", sum(sizes))
-        chunk.pages = [row.data[:size] for row, size in zip(chunk.rows, sizes, strict=True)]
 
     def _decode(
         self,
