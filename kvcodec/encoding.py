@@ -45,9 +45,8 @@ class PageEncoder:
         """The plan of pages with keys of that length: ``plain``, ``protected`` or ``raw``."""
         plan = self._plans.get((which, key_bytes))
         if plan is None:
-            codecs = self._specs[which].section_codecs(self._namespace.layout)
-            plan = self._plans[which, key_bytes] = PagePlan.build(
-                self._namespace, codecs, key_bytes, rotary=self._rotary
+            plan = self._plans[which, key_bytes] = PagePlan.for_spec(
+                self._namespace, self._specs[which], key_bytes, self._rotary
             )
         return plan
 

@@ -36,6 +36,7 @@ from kvcodec.format import (
 )
 from kvcodec.identity import MAX_KEY_BYTES, Namespace, encode_key, layout_record
 from kvcodec.layout import PageLayout, Role, Stream
+from kvcodec.profile import PROFILE_EXTENSION
 from kvcodec.rotary import Rotary
 from kvcodec.spec import CodecSpec, Kind, SectionCodec
 
@@ -116,6 +117,20 @@ class PagePlan:
             namespace, resolved, np.array(rows, SECTION), key_bytes, tuple(extensions)
         )
         return replace(plan, rotary=rotary)
+
+    @classmethod
+    def for_spec(
+        cls, namespace: Namespace, spec: CodecSpec, key_bytes: int, rotary: Rotary | None = None
+    ) -> PagePlan:
+        """Plan pages to be written as `spec` says; they name the profile it comes from, if any."""
+        named = () if spec.profile is None else (spec.profile.digest,)
+        return cls.build(
+            namespace,
+            spec.section_codecs(namespace.layout),
+            key_bytes,
+            [Extension(PROFILE_EXTENSION, digest) for digest in named],
+            rotary,
+        )
 
     @classmethod
     def _assemble(
@@ -266,9 +281,11 @@ def _places(
 
 
 def check_spec(spec: CodecSpec, layout: PageLayout, minimum_bits: int) -> None:
-    """Raise `ConfigError` for a section that would not shrink, a layer that is not there, or too
-    few bits.
+    """Raise `ConfigError` for a section that would not shrink, a layer that is not there, too few
+    bits, or the profile of another model.
     """
+    if spec.profile is not None:
+        spec.profile.check(layout)
     layers = [layer for layer, _, _ in spec.layers]
     if layers and not any(
         layout.layer_start <= layer < layout.layer_start + layout.layer_count for layer in layers

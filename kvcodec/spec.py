@@ -10,12 +10,14 @@ from typing import Any
 
 from kvcodec.errors import ConfigError
 from kvcodec.layout import MAX_HEAD_SIZE, PageLayout, Role
+from kvcodec.profile import PROFILE_PREFIX, Profile, ProfileReference
 from kvcodec.section import RAW, Axis, Kind, SectionCodec
 
 __all__ = ["PRESETS", "RAW", "SPEC_OPTIONS", "Axis", "CodecSpec", "Kind", "SectionCodec"]
 
 
 _LAYER_TEXT = re.compile(r"\d{1,10}", re.ASCII)
+_BITS_TEXT = re.compile(r"\d{1,2}(\.\d{1,6})?", re.ASCII)
 
 #: Name -> text. `g64`, symmetric and per token are KVTuner's defaults; 2 bits are asymmetric,
 #: because a symmetric 2-bit code has three levels; the channel presets are KIVI's: keys per
@@ -69,13 +71,15 @@ class CodecSpec:
     `layers` overrides keys and values of single layers (absolute index, key, value), ascending. An
     MLA latent takes whichever of the key's and the value's codec has more bits, because it serves
     as both. `rope` is the codec of MLA's RoPE part; None means the key's, but never below 8 bits.
-    Element types that cannot be quantized (fp8, bytes) are stored raw.
+    Element types that cannot be quantized (fp8, bytes) are stored raw. `profile` is where the spec
+    comes from, if from a profile; its pages say so.
     """
 
     key: SectionCodec = RAW
     value: SectionCodec = RAW
     rope: SectionCodec | None = None
     layers: tuple[tuple[int, SectionCodec, SectionCodec], ...] = ()
+    profile: ProfileReference | None = None
 
     def __post_init__(self) -> None:
         indices = [layer for layer, _, _ in self.layers]
@@ -107,6 +111,19 @@ class CodecSpec:
             layers=tuple(sorted(layers, key=lambda layer: layer[0])),
         )
 
+    @classmethod
+    def load(cls, text: str) -> CodecSpec:
+        """What a user's own configuration names: a text for `parse`, or ``profile:PATH@BITS``, the
+        largest point of a profile that takes at most so many bits per value. Reads that file.
+        """
+        if not text.startswith(PROFILE_PREFIX):
+            return cls.parse(text)
+        path, _, bits = text[len(PROFILE_PREFIX) :].rpartition("@")
+        if not path or not _BITS_TEXT.fullmatch(bits):
+            raise ConfigError(f"codec spec {text!r}; wanted profile:PATH@BITS, such as @3.25")
+        profile = Profile.read(Path(path))
+        return replace(cls.parse(profile.text(float(bits))), profile=profile.reference)
+
     @property
     def text(self) -> str:
         """Canonical text: ``key=int4-g64 value=int4-g64 [rope=int8-g64] [layer.3=int8-g64,int4-g64
@@ -120,9 +137,9 @@ class CodecSpec:
 
     @classmethod
     def from_options(cls, options: Mapping[str, object]) -> CodecSpec:
-        """A spec from user options: `preset` (default ``kv4``) or `spec` (text), then KVTuner's
-        names on top: bits for keys and values in general or for single layers, the other options
-        for every codec there is.
+        """A spec from user options: `preset` (default ``kv4``) or `spec` (see `load`), then
+        KVTuner's names on top: bits for keys and values in general or for single layers, the other
+        options for every codec there is.
 
         Raises `ConfigError` for an unknown name, a value out of range, two options that exclude
         each other, or an option without effect because everything it names is stored raw.
@@ -134,7 +151,10 @@ class CodecSpec:
             )
         if "spec" in options and "preset" in options:
             raise ConfigError("give either 'preset' or 'spec', not both")
-        base = cls.parse(_text("spec" if "spec" in options else "preset", options, "kv4"))
+        base = cls.load(_text("spec" if "spec" in options else "preset", options, "kv4"))
+        if base.profile is not None and len(options) > 1:
+            other = min(set(options) - {"preset", "spec"})
+            raise ConfigError(f"a profile says how every layer is stored: leave out {other!r}")
         if "rope" in options:
             base = replace(base, rope=SectionCodec.parse(_text("rope", options, "")))
         key = _with_options(base.key, "key", options, options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from kvcodec.format import CHECKSUM_BYTES, FIXED, SECTION, STREAM, EncodedPage, 
 from kvcodec.identity import Identity, Namespace
 from kvcodec.layout import DType, PageLayout, PageViews, Role, Stream
 from kvcodec.plan import ROTARY_EXTENSION, ROTATED_ROLES, PagePlan
+from kvcodec.profile import PROFILE_EXTENSION
 from kvcodec.reference import decode_section, encode_section
 from kvcodec.rotary import Rotary
 from kvcodec.spec import CodecSpec, SectionCodec
@@ -419,6 +421,13 @@ def _coded_cases() -> Iterator[Case]:
         layout=mha(tokens=70, heads=1, size=56),
         spec="key=ecq-4.25-channel value=int8",
         extensions=(Extension(1000, b"twelve bytes"),),
+        rotary=ROTARY,
+    )
+    yield Case(
+        name="profile",
+        layout=mha(tokens=16, layers=2, heads=1, size=64),
+        spec="key=ecq-3.25-channel value=ecq-2.75 layer.1=ecq-4.0625-channel,ecq-2",
+        extensions=(Extension(PROFILE_EXTENSION, hashlib.sha256(b"a profile").digest()),),
         rotary=ROTARY,
     )
     yield Case(name="ecq-mla", layout=mla(), spec="key=ecq-2.5-channel value=ecq-2 rope=lossless")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import threading
@@ -16,6 +17,7 @@ from fake_backend import FakeBackend
 from sglang_fakes import KEYS, PAGE_SIZE, Opener, fake_pool, slots_of, storage_opener
 
 from kvcodec.errors import ConfigError
+from kvcodec.extension import Extension
 from kvcodec.format import EncodedPage
 from kvcodec.sglang.options import KNOWN_OPTIONS, SGLANG_OPTIONS, AdapterOptions
 from kvcodec.spec import PRESETS, SPEC_OPTIONS, CodecSpec
@@ -206,6 +208,46 @@ def test_layer_table_reaches_its_layer(backend: FakeBackend, open_storage: Opene
     codecs = codecs_of(backend)[0].split()
     assert codecs[2:4] == ["int8-g16", "int2-asym-g16"]
     assert set(codecs[:2] + codecs[4:]) == {"int4-g16"}
+
+
+PROFILE = {
+    "kvcodec_profile": 1,
+    "model": {"layers": 5, "kv_heads": 4, "key_head_size": 16, "value_head_size": 16},
+    "points": [{"bits": 4.5, "spec": "key=int4-g16 value=int4-g16 layer.1=int8-g16,int2-asym-g16"}],
+}
+
+
+@needs_sglang
+def test_profile_chooses_the_codecs_and_is_named_by_the_pages(
+    backend: FakeBackend, open_storage: Opener, tmp_path: Path
+):
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(PROFILE))
+    back_up(open_storage(spec=f"profile:{path}@4.5"))
+    codecs = codecs_of(backend)[0].split()
+    assert codecs[2:4] == ["int8-g16", "int2-asym-g16"]
+    digest = hashlib.sha256(path.read_bytes()).digest()
+    for page in backend.objects.values():
+        assert EncodedPage.parse(page).header.extensions == (Extension(1, digest),)
+
+
+def test_pool_of_other_layers_does_not_go_by_the_profile(tmp_path: Path):
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(PROFILE))
+    options = AdapterOptions.parse({"url": URL, "spec": f"profile:{path}@4.5"})
+    draft = options.without_layers().spec
+    assert (draft.text, draft.profile) == ("key=int4-g16 value=int4-g16", None)
+
+
+@needs_sglang
+def test_profile_of_a_deeper_model_is_refused_but_for_a_rank_with_some_of_its_layers(
+    backend: FakeBackend, open_storage: Opener, tmp_path: Path
+):
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(PROFILE | {"model": PROFILE["model"] | {"layers": 6}}))
+    with pytest.raises(ConfigError, match="layers 6, this one has 5"):
+        open_storage(spec=f"profile:{path}@4.5")
+    back_up(open_storage(spec=f"profile:{path}@4.5", config={"pp_size": 2}))
 
 
 @needs_sglang

@@ -196,8 +196,7 @@ class _Bench:
         self.memory = memory
         layout = memory.layout
         self.namespace = Namespace(Identity.of(model="benchmark"), layout)
-        codecs = block.spec.section_codecs(layout)
-        self.plan = PagePlan.build(self.namespace, codecs, _KEY_BYTES)
+        self.plan = PagePlan.for_spec(self.namespace, block.spec, _KEY_BYTES)
         self.keys = [f"{page:064x}".encode() for page in range(memory.page_count)]
         self.slots = memory.slots(self.plan.page_bytes)
         self.source = memory.views(memory.source, block.layout)

@@ -92,7 +92,7 @@ def _spec(text: str) -> CodecSpec:
     try:
         codec = SectionCodec.parse(text)
     except ConfigError:
-        return CodecSpec.parse(text)
+        return CodecSpec.load(text)
     return CodecSpec(key=codec, value=codec)
 
 
@@ -100,6 +100,9 @@ def run_bench(options: BenchOptions, *, as_json: bool) -> ExitCode:
     """Measure and show."""
     blocks = options.blocks()
     layout = layout_of(options.geometry, options.page_tokens)
+    for block in blocks:
+        if block.spec.profile is not None:
+            block.spec.profile.check(layout, is_whole=True)
     before = machine()
     memory = Memory.allocate(layout, options.working_set_bytes(), _CHUNK_BYTES)
     fill(memory)

@@ -34,7 +34,7 @@ class SpecCodec:
     def __init__(
         self, text: str, codec: Codec, name: str = "", rotary: Rotary | None = None
     ) -> None:
-        self.spec = CodecSpec.parse(text)
+        self.spec = CodecSpec.load(text)
         self.name = name or text
         self._codec, self._rotary = codec, rotary
 
@@ -52,9 +52,10 @@ class SpecCodec:
             value_head_size=values.shape[4],
         )
         check_spec(self.spec, layout, 0)
+        if self.spec.profile is not None:
+            self.spec.profile.check(layout, is_whole=True)
         namespace = Namespace(Identity.of(model="eval"), layout)
-        codecs = self.spec.section_codecs(layout)
-        plan = PagePlan.build(namespace, codecs, len(_KEY), rotary=self._rotary)
+        plan = PagePlan.for_spec(namespace, self.spec, len(_KEY), self._rotary)
         arrays = [_bits(keys), _bits(values)]
         decoded = [np.empty_like(array) for array in arrays]
         stored = 0

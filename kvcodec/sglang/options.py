@@ -121,7 +121,7 @@ class AdapterOptions:
         """The same options for a pool whose layers are not the model's own, such as a draft's."""
         return replace(
             self,
-            spec=replace(self.spec, layers=()),
+            spec=replace(self.spec, layers=(), profile=None),
             protected_spec=replace(self.protected_spec, layers=()),
         )
 

@@ -50,6 +50,8 @@ def open_pool(
     geometry = _geometry(name, pool)
     options = _options_of(name, geometry, options)
     layout = flat_layout(pool) if geometry is None else geometry.layout
+    if options.spec.profile is not None:
+        options.spec.profile.check(layout, is_whole=topology.pp_size == 1)
     shares_pages = topology.shares_pages(name, classes)
     namespace = Namespace(
         topology.identity(options, shares_pages, **_pool_fields(name, pool, geometry)), layout
