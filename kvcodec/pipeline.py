@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from kvcodec.backend import Backend, check_number
+from kvcodec.backend import Backend, check_number, parse_byte_count
 from kvcodec.codec import Codec
 from kvcodec.guard import Breaker
 from kvcodec.log import RateLimitedLog
@@ -30,9 +30,10 @@ class StoreOptions:
     """How much a pipeline may use, and how long a call may take.
 
     `buffer_bytes` bounds staging memory. A stored page with fewer than `minimum_bits` bits per
-    element is a miss. A store that lets a whole call pass without an answer, or fails in
-    `breaker_failures` calls in a row, is not asked again before `breaker_cooldown_seconds` and a
-    probe that succeeds; 0 failures switch this off.
+    element is a miss. No page is stored with more than `max_page_bytes` bytes (0: no bound): `ecq`
+    sections lose bits until it fits, down to `minimum_bits`. A store that lets a whole call pass
+    without an answer, or fails in `breaker_failures` calls in a row, is not asked again before
+    `breaker_cooldown_seconds` and a probe that succeeds; 0 failures switch this off.
     """
 
     codec_threads: int = 2
@@ -42,6 +43,7 @@ class StoreOptions:
     prefetch_timeout_seconds: float = 5.0
     backup_timeout_seconds: float = 10.0
     minimum_bits: int = 0
+    max_page_bytes: int = 0
     breaker_failures: int = 3
     breaker_cooldown_seconds: float = 1.0
 
@@ -54,10 +56,23 @@ class StoreOptions:
             ("prefetch_timeout_seconds", False, 0.001, 3600),
             ("backup_timeout_seconds", False, 0.001, 3600),
             ("minimum_bits", True, 0, 32),
+            ("max_page_bytes", True, 0, 1 << 32),
             ("breaker_failures", True, 0, 1_000_000),
             ("breaker_cooldown_seconds", False, 0.01, 3600),
         ):
             check_number(name, getattr(self, name), whole, low, high)
+
+    @classmethod
+    def parse(cls, options: Mapping[str, object]) -> StoreOptions:
+        """From a user's options; numbers of bytes may be texts such as ``"256MiB"``. Raises
+        `ConfigError`.
+        """
+        values = dict(options)
+        for name in ("buffer_bytes", "max_page_bytes"):
+            value = values.get(name)
+            if isinstance(value, str):
+                values[name] = parse_byte_count(name, value)
+        return cls(**values)  # type: ignore[arg-type]
 
 
 class Pipeline:

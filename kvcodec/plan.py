@@ -120,13 +120,21 @@ class PagePlan:
 
     @classmethod
     def for_spec(
-        cls, namespace: Namespace, spec: CodecSpec, key_bytes: int, rotary: Rotary | None = None
+        cls,
+        namespace: Namespace,
+        spec: CodecSpec,
+        key_bytes: int,
+        rotary: Rotary | None = None,
+        *,
+        codecs: Sequence[SectionCodec] | None = None,
     ) -> PagePlan:
-        """Plan pages to be written as `spec` says; they name the profile it comes from, if any."""
+        """Plan pages to be written as `spec` says; they name the profile it comes from, if any.
+        `codecs` take the place of its own, as a byte budget lowers them.
+        """
         named = () if spec.profile is None else (spec.profile.digest,)
         return cls.build(
             namespace,
-            spec.section_codecs(namespace.layout),
+            spec.section_codecs(namespace.layout) if codecs is None else codecs,
             key_bytes,
             [Extension(PROFILE_EXTENSION, digest) for digest in named],
             rotary,

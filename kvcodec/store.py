@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 
 from kvcodec.backend import GetResult, PutResult, open_backend
+from kvcodec.budget import check_budget
 from kvcodec.encoding import PageEncoder
 from kvcodec.errors import ConfigError, PageError
 from kvcodec.guard import Attempt
@@ -52,16 +53,19 @@ class PageStore:
         """`protected_spec` encodes the pages that a backup marks as protected (default raw).
         `rotary` tells how the model rotates its keys, for codecs that can use it.
 
-        Raises `ConfigError` where a spec cannot be honoured for this layout, or a page does not fit
-        the buffers.
+        Raises `ConfigError` where a spec cannot be honoured for this layout, or never within the
+        byte budget, or a page does not fit the buffers.
         """
         self._pipeline = pipeline
         self.namespace = namespace
         self.spec = spec
         self.protected_spec = protected_spec or CodecSpec()
         self._rewrite: OrderedDict[str, None] = OrderedDict()
+        limit, minimum_bits = pipeline.options.max_page_bytes, pipeline.options.minimum_bits
         for checked in (spec, self.protected_spec):
-            check_spec(checked, self.layout, pipeline.options.minimum_bits)
+            check_spec(checked, self.layout, minimum_bits)
+        for bound in filter(None, (spec, protected_spec) if limit else ()):
+            check_budget(bound, namespace, limit_bytes=limit, minimum_bits=minimum_bits)
         self._encoder = PageEncoder(
             pipeline.codec,
             namespace,
@@ -69,6 +73,8 @@ class PageStore:
             spec=spec,
             protected_spec=self.protected_spec,
             rotary=rotary,
+            max_page_bytes=limit,
+            minimum_bits=minimum_bits,
         )
         page_bytes = self._encoder.largest_page_bytes(MAX_KEY_BYTES)
         # Rows at memory pages: a disk reads into those, and writes from them, without a copy.
@@ -114,7 +120,8 @@ class PageStore:
         """Encode pages and store them; True where the page is stored now.
 
         Takes at most the time-outs of an exists and of a backup together. A page that is stored
-        already is not written again. A page with values outside the codec's domain is stored raw.
+        already is not written again. A page with values outside the codec's domain is stored raw;
+        one that does not fit the byte budget is not stored.
         Nothing is read from `views` after this returns.
         """
         names = self._names(keys)
@@ -136,11 +143,13 @@ class PageStore:
         def encode(chunk: Chunk) -> None:
             data = [encode_key(keys[index]) for index in chunk.indices]
             mark, selected = marks[chunk.indices[0]], views.select(chunk.indices)
-            chunk.pages = self._encoder.encode(mark, data, selected, chunk.rows)
+            chunk.fill(self._encoder.encode(mark, data, selected, chunk.rows))
 
         def put(chunk: Chunk, seconds: float) -> list[PutResult] | None:
             wanted = [names[index] for index in chunk.indices]
             backend = self._pipeline.backend
+            if not wanted:  # nothing fitted the budget
+                return []
             return self._pipeline.guarded(
                 "backup", lambda: backend.put(wanted, chunk.pages, timeout_seconds=seconds)
             )
@@ -297,7 +306,7 @@ class PageStore:
         self._count("prefetch.read_bytes", sum(len(page) for page in pages))
         return self._pipeline.codec.decode_into(
             self.namespace,
-            self.plan("plain", len(data[0])),
+            self._encoder.likely_plan(len(data[0])),
             data,
             pages,
             views.select(indices),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -29,6 +29,13 @@ class Chunk:
     buffer: npt.NDArray[np.uint8]
     rows: list[npt.NDArray[np.uint8]]
     pages: list[memoryview] = field(default_factory=list)
+
+    def fill(self, pages: Sequence[memoryview | None]) -> None:
+        """Take what is to be written; the chunk forgets pages that are None."""
+        kept = [row for row, page in enumerate(pages) if page is not None]
+        self.indices = [self.indices[row] for row in kept]
+        self.rows = [self.rows[row] for row in kept]
+        self.pages = [page for page in pages if page is not None]
 
 
 class Transfer(Generic[Answer]):

@@ -97,6 +97,8 @@ def test_option_unlike_any_other_gets_the_whole_list():
         ("buffer_bytes", 1),
         ("prefetch_timeout_seconds", 0),
         ("minimum_bits", 64),
+        ("max_page_bytes", -1),
+        ("max_page_bytes", "small"),
         ("breaker_failures", -1),
         ("breaker_cooldown_seconds", 0),
         ("nbits_key", 3),
@@ -318,6 +320,29 @@ def test_minimum_bits_makes_coarser_pages_misses(open_storage: Opener):
 
 
 @needs_sglang
+def test_max_page_bytes_takes_bits_from_ecq(backend: FakeBackend, open_storage: Opener):
+    spec = "key=ecq-6-channel value=ecq-6 rope=int2"
+    back_up(open_storage(fake_pool("mla", "page_first"), spec=spec))
+    limit = min(map(len, backend.objects.values())) * 3 // 4
+    backend.objects.clear()
+    storage = open_storage(fake_pool("mla", "page_first"), spec=spec, max_page_bytes=limit)
+    back_up(storage)
+    assert [len(page) <= limit for page in backend.objects.values()] == [True] * 4
+    assert storage.counters()["backup.reencoded"] >= 1
+    assert storage.batch_get_v1(KEYS[:4], slots_of(0, 1, 2, 3)) == [True] * 4
+
+
+@needs_sglang
+def test_max_page_bytes_that_no_page_can_have_stops_the_server(open_storage: Opener):
+    """Protected pages are part of it, if there are any."""
+    with pytest.raises(ConfigError, match=r"max_page_bytes is 4096, .* takes at least \d+"):
+        open_storage(max_page_bytes="4KiB")
+    open_storage(max_page_bytes=12000)
+    with pytest.raises(ConfigError, match=r"'key=raw value=raw' takes at least"):
+        open_storage(max_page_bytes=12000, residual_length=1)
+
+
+@needs_sglang
 @pytest.mark.parametrize(("failures", "calls"), [(0, 6), (1, 1), (4, 4)])
 def test_breaker_failures_bound_the_calls_into_a_failing_store(
     failures: int, calls: int, backend: FakeBackend, open_storage: Opener
@@ -452,7 +477,7 @@ TESTED_OPTIONS = (
     | set(TIMEOUTS)
     | {"namespace", "revision", "salt", "minimum_bits"}
     | {"io_threads", "codec_threads", "buffer_bytes", "url"}
-    | {"breaker_failures", "breaker_cooldown_seconds"}
+    | {"breaker_failures", "breaker_cooldown_seconds", "max_page_bytes"}
     | {"rotary"}  # tests/test_sglang_rotation.py
 )
 

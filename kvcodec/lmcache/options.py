@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from kvcodec.backend import parse_byte_count
 from kvcodec.errors import ConfigError
 from kvcodec.lmcache.chunks import ChunkShape
 from kvcodec.spec import SPEC_OPTIONS, CodecSpec
@@ -56,7 +55,7 @@ class ConnectorOptions:
             url=url,
             shapes=_shapes(params),
             spec=CodecSpec.from_options(_subset(params, SPEC_OPTIONS)),
-            store=_store_options(params),
+            store=StoreOptions.parse(_subset(params, _STORE_OPTIONS)),
             namespace=_text(params, "namespace"),
             revision=_text(params, "revision"),
             workers=workers,
@@ -95,11 +94,3 @@ def _shapes(params: Mapping[str, object]) -> dict[int, ChunkShape]:
             raise ConfigError(f"layouts has the object group {group!r}, wanted a number")
         shapes[int(group)] = ChunkShape.parse(layout, f"layouts[{group}]")
     return shapes
-
-
-def _store_options(params: Mapping[str, object]) -> StoreOptions:
-    """`buffer_bytes` may be a text such as ``"256MiB"``."""
-    chosen = _subset(params, _STORE_OPTIONS)
-    if isinstance(chosen.get("buffer_bytes"), str):
-        chosen["buffer_bytes"] = parse_byte_count("buffer_bytes", str(chosen["buffer_bytes"]))
-    return StoreOptions(**chosen)  # type: ignore[arg-type]

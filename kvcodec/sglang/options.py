@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
-from kvcodec.backend import parse_byte_count
 from kvcodec.errors import ConfigError
 from kvcodec.spec import SPEC_OPTIONS, CodecSpec
 from kvcodec.store import StoreOptions
@@ -92,7 +91,7 @@ class AdapterOptions:
             url=_url(extra),
             spec=CodecSpec.from_options(_subset(extra, SPEC_OPTIONS)),
             protected_spec=CodecSpec.parse(_text("protected_preset", extra, "raw")),
-            store=_store_options(extra),
+            store=StoreOptions.parse(_subset(extra, _STORE_OPTIONS)),
             namespace=_text("namespace", extra, ""),
             revision=_text("revision", extra, ""),
             salt_digest=_digest(_text("salt", extra, "")),
@@ -112,10 +111,15 @@ class AdapterOptions:
             )
         if "rotary" in extra and not self.spec.can_derotate:
             raise ConfigError("rotary has no effect: no keys are stored as ecq per channel")
-        if "protected_preset" in extra and not (self.sink_tokens or self.residual_tokens):
+        if "protected_preset" in extra and not self.protects:
             raise ConfigError(
                 "protected_preset has no effect without residual_length or sink_tokens"
             )
+
+    @property
+    def protects(self) -> bool:
+        """Whether any page is stored with `protected_spec`."""
+        return bool(self.sink_tokens or self.residual_tokens)
 
     def without_layers(self) -> AdapterOptions:
         """The same options for a pool whose layers are not the model's own, such as a draft's."""
@@ -169,14 +173,6 @@ def _tokens(name: str, extra: Mapping[str, object]) -> int:
         raise ConfigError(f"{name} is {value!r}, allowed is 0 to {_MAX_PROTECTED_TOKENS} tokens")
     assert isinstance(value, int)
     return value
-
-
-def _store_options(extra: Mapping[str, object]) -> StoreOptions:
-    """`buffer_bytes` may be a text such as ``"256MiB"``."""
-    chosen = _subset(extra, _STORE_OPTIONS)
-    if isinstance(chosen.get("buffer_bytes"), str):
-        chosen["buffer_bytes"] = parse_byte_count("buffer_bytes", str(chosen["buffer_bytes"]))
-    return StoreOptions(**chosen)  # type: ignore[arg-type]
 
 
 def _digest(salt: str) -> str:

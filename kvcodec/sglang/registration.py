@@ -60,7 +60,7 @@ def open_pool(
         pipeline,
         namespace,
         options.spec,
-        protected_spec=options.protected_spec,
+        protected_spec=options.protected_spec if options.protects else None,
         rotary=None if name in _DRAFT_POOLS else find_rotary(options, topology.model_name),
     )
     _log(name, pool, store, options)
