@@ -32,8 +32,8 @@ def encoded_size(plan: PagePlan) -> int:
 
 class Encoded(NamedTuple):
     """What encoding made of each page: its length, and how many groups held a value outside the
-    codec's domain (NaN, infinite, 2^127 or more) and decode to NaN. Coded sections have no such
-    groups: they fall back to raw.
+    codec's domain (NaN, infinite, 2^127 or more) and decode to NaN. Of fp8 these are rows with a
+    NaN or a number beyond 464, which saturates. Coded sections have none: they fall back to raw.
     """
 
     page_bytes: npt.NDArray[np.uint64]

@@ -112,6 +112,8 @@ def section_stored_bytes(
     `codec` must be resolved.
     """
     rows = stream.head_count * token_count
+    if codec.kind is Kind.FP8:
+        return rows * stream.head_size
     if codec.kind is not Kind.INT:
         return rows * stream.head_size * dtype.itemsize
     if codec.axis is Axis.CHANNEL:
@@ -199,7 +201,7 @@ def section_row(layout: PageLayout, stream: Stream, codec: SectionCodec) -> tupl
     if codec.kind.is_coded:
         bits = codec.bits or 8 * layout.dtype.itemsize
         return (codec.kind, bits, options, _TABLE_VERSION, 0, 0, 0, 0)
-    return (Kind.INT, codec.bits, options, 0, codec.group_size, stored, 0, 0)
+    return (codec.kind, codec.bits, options, 0, max(codec.group_size, 0), stored, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,7 +380,8 @@ def _row_codec(layout: PageLayout, stream: Stream, row: tuple[int, ...]) -> Sect
         elif kind == Kind.RAW:
             codec = RAW
         else:
-            codec = SectionCodec(Kind(kind), bits if kind == Kind.ECQ else 0, axis=axis)
+            bits = bits if kind in (Kind.ECQ, Kind.FP8) else 0
+            codec = SectionCodec(Kind(kind), bits, axis=axis)
         wanted = section_row(layout, stream, codec)[:-1]
     except ConfigError as error:
         raise CorruptPage("section", str(error)) from error

@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvcodec._reference_elements import bits_type, from_float32, to_float32
+from kvcodec._reference_elements import (
+    bits_type,
+    from_e4m3,
+    from_float32,
+    to_e4m3,
+    to_float32,
+)
 from kvcodec.format import pad64, parameter_bytes, section_stored_bytes
 from kvcodec.layout import DType, Role, Stream
 from kvcodec.reference_ecq import EcqCodec, decode_ecq, encode_ecq
@@ -102,8 +108,8 @@ def _slices(length: int, size: int) -> list[slice]:
 def encode_section(
     rows: Bits, dtype: DType, codec: SectionCodec, rotary: Rotary | None = None
 ) -> tuple[bytes, int]:
-    """The stored bytes of a section without padding, and how many of its groups lie outside the
-    domain (of an int codec).
+    """The stored bytes of a section without padding, and how many of its groups (of fp8: rows) lie
+    outside the domain.
 
     `rotary` is the rotation of these rows, if they are keys of a page that knows it.
     """
@@ -115,6 +121,9 @@ def encode_section(
         return encode_lossless(rows, dtype, per_channel=channel), 0
     if codec.kind is Kind.BLOCK:
         return encode_block(rows, dtype), 0
+    if codec.kind is Kind.FP8:
+        numbers, beyond = to_e4m3(to_float32(rows, dtype))
+        return numbers.tobytes(), int(beyond.any(axis=-1).sum())
     codec = codec.resolved(size, tokens)
     if codec.kind is Kind.RAW:
         return np.ascontiguousarray(rows).tobytes(), 0
@@ -153,6 +162,9 @@ def decode_section(
         return decode_lossless(stored, shape, dtype, per_channel=channel)
     if codec.kind is Kind.BLOCK:
         return decode_block(stored, shape, dtype)
+    if codec.kind is Kind.FP8:
+        numbers = np.frombuffer(stored, np.uint8, heads * tokens * size)
+        return from_float32(from_e4m3(numbers), dtype).reshape(shape)
     codec = codec.resolved(size, tokens)
     if codec.kind is Kind.RAW:
         raw = np.frombuffer(stored, bits_type(dtype), heads * tokens * size)

@@ -20,11 +20,12 @@ class Kind(enum.IntEnum):
     ECQ = 2  #: entropy-coded trellis quantization
     LOSSLESS = 3  #: entropy-coded exponents
     BLOCK = 4  #: exponents by block: lossless, larger and faster
+    FP8 = 5  #: e4m3fn without scales: a plain cast
 
     @property
     def is_coded(self) -> bool:
         """Whether the size of a section depends on its data."""
-        return self >= Kind.ECQ
+        return Kind.ECQ <= self <= Kind.BLOCK
 
 
 class Axis(enum.IntEnum):
@@ -68,6 +69,10 @@ class SectionCodec:
             ):
                 raise ConfigError("a raw section has no bits, symmetry, axis or group")
             return
+        if self.kind is Kind.FP8:
+            if (self.bits, self.asymmetric, self.axis, self.group_size) != (8, False, 0, -1):
+                raise ConfigError("an fp8 section has eight bits, but no symmetry, axis or group")
+            return
         if self.kind.is_coded:
             if self.asymmetric or self.group_size != -1:
                 raise ConfigError(f"a {self.text} section has no symmetry and no group")
@@ -98,11 +103,13 @@ class SectionCodec:
 
     @classmethod
     def parse(cls, text: str) -> SectionCodec:
-        """``raw``, ``int8-g128``, ``int4-channel-asym``, ``ecq-3``, ``lossless-channel``,
+        """``raw``, ``fp8``, ``int8-g128``, ``int4-channel-asym``, ``ecq-3``, ``lossless-channel``,
         ``lossless-fast``: inverse of `text`.
         """
         if text == "raw":
             return cls()
+        if text == "fp8":
+            return cls(Kind.FP8, 8)
         coded = _CODED_TEXT.fullmatch(text)
         if coded is not None:
             bits, channel, fast = coded.groups()
@@ -115,7 +122,7 @@ class SectionCodec:
         match = _CODEC_TEXT.fullmatch(text)
         if match is None:
             raise ConfigError(
-                f"codec {text!r}; wanted raw, int{{2,4,8}}[-channel][-asym][-gN], "
+                f"codec {text!r}; wanted raw, fp8, int{{2,4,8}}[-channel][-asym][-gN], "
                 f"ecq-BITS[-channel], lossless[-channel] or lossless-fast, "
                 f"such as int4-g64 or ecq-3-channel"
             )
@@ -130,8 +137,8 @@ class SectionCodec:
     @property
     def text(self) -> str:
         """Canonical name."""
-        if self.kind is Kind.RAW:
-            return "raw"
+        if self.kind in (Kind.RAW, Kind.FP8):
+            return self.kind.name.lower()
         channel = "-channel" if self.axis is Axis.CHANNEL else ""
         if self.kind is Kind.ECQ:
             return f"ecq-{self.bits / 16:g}{channel}"
@@ -147,7 +154,7 @@ class SectionCodec:
     @property
     def nominal_bits(self) -> float | None:
         """Bits per element without metadata; None where nothing is lost."""
-        if self.kind is Kind.INT:
+        if self.kind in (Kind.INT, Kind.FP8):
             return self.bits
         return self.bits / 16 if self.kind is Kind.ECQ else None
 

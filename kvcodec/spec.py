@@ -24,6 +24,7 @@ _BITS_TEXT = re.compile(r"\d{1,2}(\.\d{1,6})?", re.ASCII)
 #: channel, values per token.
 PRESETS: Mapping[str, str] = {
     "raw": "key=raw value=raw",
+    "fp8": "key=fp8 value=fp8",
     "kv8": "key=int8-g64 value=int8-g64",
     "kv4": "key=int4-g64 value=int4-g64",
     "kv2": "key=int2-asym-g64 value=int2-asym-g64",
@@ -279,9 +280,7 @@ def _with_options(
         if isinstance(size, bool) or size != -1:
             size = _integer("q_group_size", size, "-1 (whole row) or 1 and up", 1, MAX_HEAD_SIZE)
         changes["group_size"] = size
-    if codec.kind is Kind.RAW:
-        return codec
-    if codec.kind is Kind.BLOCK:
+    if codec.kind in (Kind.RAW, Kind.BLOCK, Kind.FP8):
         return codec
     if codec.kind.is_coded:
         changes = {name: value for name, value in changes.items() if name == "axis"}

@@ -401,6 +401,22 @@ def _special_cases() -> Iterator[Case]:
             )
 
 
+def _fp8_cases() -> Iterator[Case]:
+    for dtype in SPECIAL:
+        yield Case(
+            name=f"fp8-{dtype.text}",
+            layout=mha(dtype=dtype, tokens=3, size=40, value_size=33),
+            spec="fp8",
+        )
+        yield Case(
+            name=f"special-fp8-{dtype.text}",
+            layout=mha(dtype=dtype, tokens=3, heads=1, size=64, value_size=40),
+            spec="key=fp8 value=int8-g8",
+            special=True,
+        )
+    yield Case(name="fp8-mla", layout=mla(), spec="key=fp8 value=int4-g64")
+
+
 ROTARY = Rotary(48, 0, tuple(float(np.float32(10000.0 ** (-i / 24))) for i in range(24)))
 
 
@@ -440,7 +456,9 @@ def _coded_cases() -> Iterator[Case]:
 
 
 CASES: dict[str, Case] = {
-    case.name: case for case in [*_int_cases(), *_other_cases(), *_special_cases(), *_coded_cases()]
+    case.name: case
+    for cases in (_int_cases, _other_cases, _special_cases, _coded_cases, _fp8_cases)
+    for case in cases()
 }
 
 #: One small page per codec and element type, for tests that try every bit of it.
@@ -454,6 +472,7 @@ TINY_CASES: dict[str, Case] = {
             spec="raw",
             key="k",
         ),
+        Case(name="fp8-bf16", layout=mha(tokens=2, heads=1, size=17), spec="fp8", key="k"),
         *(
             Case(
                 name=f"int{bits}{axis}{symmetry}-{dtype.text}",

@@ -59,6 +59,7 @@ SIZE = {"dtype": 1, "head_count": 2, "token_count": 3, "head_size": 100}
         ({"kind": 1, "bits": 8, "group_size": 3, "channel": True, "token_count": 9}, 1216 + 2400),
         ({"kind": 0, "bits": 16}, 1200),
         ({"kind": 0, "bits": 8, "dtype": 4}, 600),
+        ({"kind": 5, "bits": 8}, 600),
     ],
 )
 def test_section_bytes_follow_the_format(fields: dict[str, int], size: int):
@@ -78,6 +79,11 @@ def test_section_bytes_follow_the_format(fields: dict[str, int], size: int):
         {"kind": 0, "bits": 16, "group_size": 1},
         {"kind": 0, "bits": 16, "channel": True},
         {"kind": 2, "bits": 4, "group_size": 4},
+        {"kind": 5, "bits": 16},
+        {"kind": 5, "bits": 8, "group_size": 4},
+        {"kind": 5, "bits": 8, "asymmetric": True},
+        {"kind": 5, "bits": 8, "dtype": 4},
+        {"kind": 6, "bits": 8},
         {"kind": 0, "bits": 0, "dtype": 0},
         {"kind": 0, "bits": 16, "head_count": 0},
         {"kind": 0, "bits": 16, "token_count": 65537},

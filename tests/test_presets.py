@@ -22,6 +22,7 @@ def qwen25_7b(token_count: int) -> PageLayout:
 # Sections of one 64-token page with their padding. Raw, the page is 3,670,016 bytes.
 PRESET_BYTES = {
     "raw": 3_670_016,
+    "fp8": 1_835_008,
     "kv8": 1_892_352,
     "kv4": 974_848,
     "kv2": 573_440,

@@ -304,7 +304,7 @@ def test_any_other_text_is_refused(text: str):
 @pytest.mark.parametrize(
     "text",
     ["int4-g", "int4-g0", "int4-g064", "int4-asym-channel", "int16", "INT4", "int4-g64 ", "int4\n"]
-    + ["int4-g٣", f"int4-g{MAX_HEAD_SIZE + 1}", "int4-g-1", "fp8", ""],
+    + ["int4-g٣", f"int4-g{MAX_HEAD_SIZE + 1}", "int4-g-1", "fp8-g64", ""],
 )
 def test_text_of_no_codec_is_refused(text: str):
     with pytest.raises(ConfigError):

@@ -270,6 +270,8 @@ def _ecq() -> Draft:
 def _table() -> Iterator[tuple[str, str, bytes]]:
     raw = replace(GOOD, sections=(bytes(68), SECTION))
     raw = raw.row(kind=0, bits=16, options=0, group_size=0)
+    fp8 = replace(GOOD, sections=(bytes(34), SECTION))
+    fp8 = fp8.row(kind=5, bits=8, options=0, group_size=0)
     ecq = _ecq()
     rows: dict[str, Draft] = {
         "int-bits-0": GOOD.row(bits=0),
@@ -300,6 +302,11 @@ def _table() -> Iterator[tuple[str, str, bytes]]:
         "ecq-bits-23": ecq.row(bits=23),
         "ecq-bits-98": ecq.row(bits=98),
         "lossless-bits-8": ecq.row(kind=3, bits=8),
+        "fp8-bits-16": fp8.row(bits=16),
+        "fp8-asymmetric": fp8.row(options=1),
+        "fp8-channel": fp8.row(options=2),
+        "fp8-group-size": fp8.row(group_size=17),
+        "fp8-stored-bytes": fp8.row(stored_bytes=33),
     }
     for name, draft in rows.items():
         yield name, "section", draft.build()
@@ -360,7 +367,7 @@ def _unsupported() -> Iterator[tuple[str, str, bytes]]:
     for bit in (0, 31):
         page = replace(GOOD, fixed={"required_flags": 1 << bit}).build()
         yield f"required-flag-{bit}", "required_flags", page
-    for kind in (5, 255):
+    for kind in (6, 255):
         yield f"kind-{kind}", "section_kind", GOOD.row(kind=kind).build()
     yield "coding-table", "section", GOOD.row(table=1).build()
     ecq = _ecq()

@@ -35,6 +35,7 @@ OK, NOTE, WARNING, FAILED = "ok", "note", "warning", "failed"
 _PACKAGES = ("numpy", "xxhash", "torch", "sglang", "lmcache", "fsspec", "grpcio")
 _SPECS = (
     "raw",
+    "fp8",
     "kv8",
     "kv4",
     "kv2",

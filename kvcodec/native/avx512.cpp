@@ -21,6 +21,7 @@
 #include <type_traits>
 
 #include "ecq.h"
+#include "fp8.h"
 #include "kvcodec.h"
 #include "lossless.h"
 #include "numerics.h"
@@ -50,12 +51,17 @@ namespace {
 #include "x86_channel.h"
 #include "x86_raw.h"
 #include "x86_choose.h"
+#include "fp8_avx512.h"
 
 uint64_t encode_section(const SectionCodec& codec, const Rows& rows, const Rows* next,
                         uint8_t* out) {
   if (codec.kind == KVC_KIND_RAW) {
     encode_raw(codec, rows, next, out);
     return 0;
+  }
+  if (fp8_covers(codec)) {
+    return codec.dtype == KVC_BF16 ? encode_fp8_rows<Bf16>(codec, rows, next, out)
+                                   : encode_fp8_rows<Fp16>(codec, rows, next, out);
   }
   if (TokenShape::covers(codec, rows)) {
     const ChooseTokenEncoder choose{TokenShape(codec, rows).halves};
@@ -68,6 +74,10 @@ uint64_t encode_section(const SectionCodec& codec, const Rows& rows, const Rows*
 
 void decode_section(const SectionCodec& codec, const uint8_t* in, const Rows& rows) {
   if (codec.kind == KVC_KIND_RAW) return decode_raw(codec, in, rows);
+  if (fp8_covers(codec)) {
+    return codec.dtype == KVC_BF16 ? decode_fp8_elements<Bf16>(codec, in, rows)
+                                   : decode_fp8_elements<Fp16>(codec, in, rows);
+  }
   if (TokenShape::covers(codec, rows)) {
     const bool stream = rows_aligned(rows, rows.head_size * 2, 64);
     const ChooseTokenDecoder choose{TokenShape(codec, rows).halves, stream};

@@ -74,6 +74,6 @@ const Kernels* neon_kernels();
 size_t parameter_bytes(const SectionCodec&, uint32_t head_count, uint32_t token_count, uint32_t head_size);
 size_t code_bytes(const SectionCodec&, uint32_t head_count, uint32_t token_count, uint32_t head_size);
 inline size_t pad64(size_t n) { return (n + 63) & ~size_t{63}; }
-inline bool is_coded(uint8_t kind) { return kind >= KVC_KIND_ECQ; }
+inline bool is_coded(uint8_t kind) { return kind >= KVC_KIND_ECQ && kind <= KVC_KIND_BLOCK; }
 
 }  // namespace kvc

@@ -38,9 +38,10 @@ enum { KVC_BF16 = 1, KVC_FP16 = 2, KVC_FP32 = 3, KVC_FP8_E4M3 = 4, KVC_FP8_E5M2 
 enum {
   KVC_KIND_RAW = 0,
   KVC_KIND_INT = 1,
-  KVC_KIND_ECQ = 2,      /* this kind and those below are coded: how long a section is depends on the data */
+  KVC_KIND_ECQ = 2,      /* 2 to 4 are coded: how long a section is depends on the data */
   KVC_KIND_LOSSLESS = 3,
-  KVC_KIND_BLOCK = 4
+  KVC_KIND_BLOCK = 4,
+  KVC_KIND_FP8 = 5       /* e4m3fn without scales; bits 8, no options, no groups */
 };
 enum { KVC_OPTION_ASYMMETRIC = 1, KVC_OPTION_CHANNEL = 2 };
 
@@ -121,7 +122,8 @@ typedef struct kvc_page {
   uint8_t* base[KVC_MAX_STREAMS]; /* address of row (layer 0, head 0, token 0) of each stream */
   int32_t status;           /* out */
   uint32_t section;         /* out: first failing section */
-  uint64_t nonfinite_groups; /* out, encode: groups outside the codec's domain (they decode to NaN) */
+  uint64_t nonfinite_groups; /* out, encode: groups outside the codec's domain (they decode to NaN); of fp8, rows with
+                                a NaN or with a number beyond 464, which saturates */
 } kvc_page;
 
 typedef struct kvc_pool kvc_pool;

@@ -8,6 +8,7 @@
 #include "xxhash.h"
 
 #include "ecq.h"
+#include "fp8.h"
 #include "kernels.h"
 #include "kvcodec.h"
 #include "lossless.h"
@@ -391,6 +392,7 @@ uint64_t encode_section(const SectionCodec& codec, const Rows& rows, const Rows*
     });
     return 0;
   }
+  if (codec.kind == KVC_KIND_FP8) return encode_fp8(codec, rows, out);
   switch (codec.dtype) {
     case KVC_BF16:
       return encode_elements<BFloat16>(codec, rows, out);
@@ -414,6 +416,7 @@ void decode_section(const SectionCodec& codec, const uint8_t* in, const Rows& ro
     });
     return;
   }
+  if (codec.kind == KVC_KIND_FP8) return decode_fp8(codec, in, rows);
   switch (codec.dtype) {
     case KVC_BF16:
       return decode_elements<BFloat16>(codec, in, rows);
@@ -471,7 +474,7 @@ const Kernels kScalarKernels = {"scalar", encode_section, decode_section, copy_o
 
 size_t parameter_bytes(const SectionCodec& codec, uint32_t head_count, uint32_t token_count,
                        uint32_t head_size) {
-  if (codec.kind == KVC_KIND_RAW) return 0;
+  if (codec.kind != KVC_KIND_INT) return 0;
   const size_t size = parameter_size(codec);
   if (codec.channel) {
     return saturating_product(
@@ -486,6 +489,7 @@ size_t code_bytes(const SectionCodec& codec, uint32_t head_count, uint32_t token
   const uint64_t row_count = static_cast<uint64_t>(head_count) * token_count;
   if (codec.kind == KVC_KIND_RAW)
     return saturating_product(row_count, head_size * element_bytes(codec.dtype));
+  if (codec.kind == KVC_KIND_FP8) return saturating_product(row_count, head_size);
   if (codec.channel) {
     const uint64_t words = ceil_div(token_count, 32 / codec.bits);
     return saturating_product(words * head_count, head_size * sizeof(uint32_t));
@@ -530,7 +534,9 @@ extern "C" uint64_t kvc_section_bytes(uint32_t dtype, uint32_t head_count, uint3
     if (options > (KVC_OPTION_ASYMMETRIC | KVC_OPTION_CHANNEL) || group_size == 0 ||
         group_size > axis)
       return 0;
-  } else if (kvc::is_coded(static_cast<uint8_t>(kind)) && kind <= KVC_KIND_BLOCK) {
+  } else if (kind == KVC_KIND_FP8) {
+    if (dtype > KVC_FP32 || bits != 8 || options != 0 || group_size != 0) return 0;
+  } else if (kvc::is_coded(static_cast<uint8_t>(kind))) {
     if (!coded_is_valid(dtype, kind, bits, options, group_size)) return 0;
     kind = KVC_KIND_RAW;
   } else {

@@ -53,7 +53,9 @@ def head_sizes(max_size: int = 300) -> st.SearchStrategy[int]:
 
 
 def section_codecs() -> st.SearchStrategy[SectionCodec]:
-    """Every codec there is: raw, or 2, 4 or 8 bits on either axis, in groups of any size."""
+    """Every codec whose sections have a fixed size: raw, fp8, or 2, 4 or 8 bits on either axis, in
+    groups of any size.
+    """
     groups = st.one_of(
         st.just(-1), st.sampled_from([1, 2, 3, 8, 16, 32, 64, 128]), st.integers(1, 1 << 30)
     )
@@ -64,7 +66,8 @@ def section_codecs() -> st.SearchStrategy[SectionCodec]:
         axis=st.sampled_from(Axis),
         group_size=groups,
     )
-    return st.one_of(st.just(SectionCodec()), integers, integers, integers)
+    plain = st.sampled_from([SectionCodec(), SectionCodec.parse("fp8")])
+    return st.one_of(plain, integers, integers, integers)
 
 
 @st.composite

@@ -15,7 +15,7 @@ from kvcodec.format import FIXED, MAX_EXTENSION_BYTES, SECTION, STREAM
 from kvcodec.identity import Namespace, encode_key
 from kvcodec.layout import PageLayout, PageViews, StreamStrides
 from kvcodec.plan import PagePlan, check_spec
-from kvcodec.spec import CodecSpec, Kind
+from kvcodec.spec import CodecSpec, Kind, SectionCodec
 from kvcodec_proto.v1 import service_pb2 as pb
 from kvcodec_server._steps import begin_step
 from kvcodec_server.metadata import namespace_of
@@ -229,7 +229,11 @@ def _codecs_of(layout: PageLayout, page: Bytes) -> str:
 @lru_cache(maxsize=64)
 def _codecs_in(kinds_and_bits: bytes) -> str:
     pairs = zip(kinds_and_bits[::2], kinds_and_bits[1::2], strict=True)
-    return "+".join(sorted({"raw" if kind == Kind.RAW else f"int{bits}" for kind, bits in pairs}))
+    return "+".join(sorted({_codec_in(Kind(kind), bits).text for kind, bits in pairs}))
+
+
+def _codec_in(kind: Kind, bits: int) -> SectionCodec:
+    return SectionCodec(kind, bits if kind in (Kind.INT, Kind.ECQ, Kind.FP8) else 0)
 
 
 def _left(deadline: float) -> float:

@@ -48,6 +48,11 @@ kvc_section make_section(Random& random, uint32_t dtype, uint32_t tokens, uint32
     section.bits = static_cast<uint8_t>(8 * element_bytes(dtype));
     return section;
   }
+  if (pick(random, 0, 7) == 0) {
+    section.kind = KVC_KIND_FP8;
+    section.bits = 8;
+    return section;
+  }
   section.kind = KVC_KIND_INT;
   section.bits = static_cast<uint8_t>(2u << pick(random, 0, 2));
   section.options = static_cast<uint8_t>(pick(random, 0, 3));

@@ -62,6 +62,11 @@ SectionCodec random_codec(Random& random) {
     codec.bits = static_cast<uint8_t>(8 * element_bytes(codec.dtype));
     return codec;
   }
+  if (random.once_in(8)) {
+    codec.kind = KVC_KIND_FP8;
+    codec.bits = 8;
+    return codec;
+  }
   codec.bits = static_cast<uint8_t>(random.one_of(kBits));
   codec.asymmetric = random.once_in(2);
   codec.channel = random.once_in(3);
