@@ -26,7 +26,7 @@ SGLANG := $(VENV)/stamp-sglang
 STORES := $(VENV)/stamp-stores
 
 .PHONY: help setup sglang stores demo demo-sidecar test check lint types pytest native-test neon-test fuzz-long \
-  bench bench-controller bench-store bench-network bench-sidecar soak-sidecar flood-sidecar fault-runs \
+  bench bench-controller bench-disk bench-store bench-network bench-sidecar soak-sidecar flood-sidecar fault-runs \
   container container-test compose-test quality dist clean distclean
 .DEFAULT_GOAL := help
 
@@ -95,6 +95,11 @@ bench-controller: $(SGLANG)  ## tokens per second through SGLang's controller, b
 	mkdir -p docs/measurements build
 	$(BIN)/python -W ignore tools/bench_controller.py --directory build \
 	  --json docs/measurements/controller.json
+
+bench-disk: $(SGLANG)  ## the same from a disk of 1 GB/s, with the codecs of few bits: five minutes, root
+	mkdir -p docs/measurements
+	$(BIN)/python -W ignore tools/bench_controller.py --disk-rate 1e9 \
+	  --cases file,raw,kv4,ecq-4,ecq-3,ecq-2.5 --json docs/measurements/disk.json
 
 bench-store: $(INSTALLED)  ## file:// against the disk's own rate: ten minutes, quiet disk
 	mkdir -p docs/measurements build

@@ -5,6 +5,10 @@
 Backends take turns in one run: every round backs the same pages up and prefetches them again. Timed
 is what SGLang's storage threads do, from the queue to the acknowledgement: hashing, exists, codec,
 files. The files are in the page cache; their directory should be on a disk.
+
+    make bench-disk
+
+With ``--disk-rate`` they lie on a disk of so many bytes per second, and are read from there.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ import os
 import shutil
 import statistics
 import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +30,11 @@ from rich.progress import Progress
 from rich.table import Table
 from sglang_controller import ControllerSession
 from sglang_harness import make_tokens
+from shaped_disk import DiskUnavailable, ShapedDisk
+
+from kvcodec.spec import CodecSpec
+
+_DISK_BYTES = 6 << 30
 
 
 @dataclass
@@ -36,27 +47,46 @@ class Round:
     stored_bytes: int
 
 
-def measure(case: str, layout: str, geometry: str, tokens: int, directory: Path) -> Round:
+def measure(
+    case: str, options: argparse.Namespace, directory: Path, forget: Callable[[], None]
+) -> Round:
     """One round trip of one backend: ``file``, or a kvcodec preset."""
     extra: dict[str, object] = {}
     if case != "file":
         extra = {"preset": case, "url": f"file://{directory}"}
+        if CodecSpec.parse(case).can_derotate:
+            extra["rotary"] = str(_model_config(options.geometry, directory.parent))
     os.environ["SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR"] = str(directory)
     with ControllerSession(
-        layout=layout,
+        layout=options.layout,
         page_size=64,
         backend="file" if case == "file" else "kvcodec",
         extra=extra,
-        capacity_tokens=tokens,
-        **GEOMETRIES[geometry],
+        capacity_tokens=options.tokens,
+        **GEOMETRIES[options.geometry],
     ) as session:
-        return _round_trip(session, make_tokens(tokens, seed=1), directory)
+        return _round_trip(session, make_tokens(options.tokens, seed=1), directory, forget)
 
 
-def _round_trip(session: ControllerSession, tokens: list[int], directory: Path) -> Round:
+def _model_config(geometry: str, directory: Path) -> Path:
+    """A config.json that says how keys are rotated, so that turning them back is timed as well."""
+    path = directory / f"{geometry}.json"
+    config = {
+        "model_type": "qwen2",
+        "head_dim": GEOMETRIES[geometry]["head_size"],
+        "rope_theta": 1e6,
+    }
+    path.write_text(json.dumps(config))
+    return path
+
+
+def _round_trip(
+    session: ControllerSession, tokens: list[int], directory: Path, forget: Callable[[], None]
+) -> Round:
     fill_host_pool(session)
     backup = time_backup(session, tokens)
     stored = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    forget()
     prefetch = time_prefetch(session, tokens)
     return Round(backup.seconds, prefetch.seconds, prefetch.tokens, stored)
 
@@ -65,17 +95,20 @@ def run(options: argparse.Namespace, console: Console) -> list[dict[str, object]
     """All rounds, the order turned each time; medians and spread per case."""
     cases: list[str] = options.cases.split(",")
     timings: dict[str, list[Round]] = {case: [] for case in cases}
-    with Progress(console=console) as progress:
+    with ExitStack() as stack, Progress(console=console) as progress:
+        parent: Path | None = options.directory
+        forget: Callable[[], None] = lambda: None  # noqa: E731 - what a warm cache forgets
+        if options.disk_rate:
+            disk = stack.enter_context(ShapedDisk(options.disk_rate, size=_DISK_BYTES))
+            parent, forget = disk.directory, disk.forget
         task = progress.add_task("rounds", total=(options.rounds + 1) * len(cases))
         for number in range(options.rounds + 1):
             for offset in range(len(cases)):
                 case = cases[(number + offset) % len(cases)]
-                directory = Path(tempfile.mkdtemp(prefix="bench-", dir=options.directory))
+                directory = Path(tempfile.mkdtemp(prefix="bench-", dir=parent))
                 directory.chmod(0o700)
                 try:
-                    timing = measure(
-                        case, options.layout, options.geometry, options.tokens, directory
-                    )
+                    timing = measure(case, options, directory, forget)
                 finally:
                     shutil.rmtree(directory)
                 if timing.tokens != options.tokens:
@@ -115,9 +148,15 @@ def main() -> None:
         default=None,
         help="where stores are made (a disk, not tmpfs)",
     )
+    parser.add_argument(
+        "--disk-rate", type=float, help="bytes per second of a disk to be made for this; root"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = run(options, Console(stderr=True))
+    try:
+        rows = run(options, Console(stderr=True))
+    except DiskUnavailable as error:
+        raise SystemExit(f"no disk of a chosen rate can be made: {error}") from error
     table = Table("backend", "stored", "backup tok/s", "x file", "prefetch tok/s", "x file")
     for row in rows:
         cells = [str(row["case"]), f"{row['stored_bytes'] / 1e6:.0f} MB"]
