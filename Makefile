@@ -26,7 +26,7 @@ SGLANG := $(VENV)/stamp-sglang
 STORES := $(VENV)/stamp-stores
 
 .PHONY: help setup sglang stores demo demo-sidecar test check lint types pytest native-test neon-test fuzz-long \
-  bench bench-controller bench-disk bench-store bench-network bench-sidecar soak-sidecar flood-sidecar fault-runs \
+  bench bench-auto bench-controller bench-disk bench-store bench-network bench-sidecar soak-sidecar flood-sidecar fault-runs \
   container container-test compose-test quality dist clean distclean
 .DEFAULT_GOAL := help
 
@@ -100,6 +100,12 @@ bench-disk: $(SGLANG)  ## the same from a disk of 1 GB/s, with the codecs of few
 	mkdir -p docs/measurements
 	$(BIN)/python -W ignore tools/bench_controller.py --disk-rate 1e9 \
 	  --cases file,raw,kv4,ecq-4,ecq-3,ecq-2.5 --json docs/measurements/disk.json
+
+bench-auto: $(INSTALLED)  ## what `auto` foretells and chooses, and what specs really take: three minutes
+	mkdir -p docs/measurements
+	$(PIP_INSTALL) --no-warn-conflicts matplotlib
+	$(BIN)/python tools/bench_auto.py --json docs/measurements/auto.json \
+	  --plot docs/images/auto.svg
 
 bench-store: $(INSTALLED)  ## file:// against the disk's own rate: ten minutes, quiet disk
 	mkdir -p docs/measurements build

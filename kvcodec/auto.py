@@ -80,7 +80,9 @@ class LinkMeter:
         self._batches = 0
 
     def add(self, byte_count: int, seconds: float) -> None:
-        """One batch that moved `byte_count` bytes, above 0."""
+        """One batch; one that moved nothing says nothing."""
+        if not byte_count:
+            return
         x, y = float(byte_count), seconds
         with self._lock:
             self._sums *= 0.5 ** (1 / _HALF_LIFE_BATCHES)
@@ -110,7 +112,9 @@ class BatchTimer:
         self._lock = threading.Lock()
         self._running = 0
         self._since = 0.0
-        self.seconds = 0.0
+        self._seconds = 0.0
+        #: Counted by the thread whose batch it is.
+        self.bytes = 0
 
     @contextmanager
     def chunk(self) -> Iterator[None]:
@@ -125,14 +129,21 @@ class BatchTimer:
             with self._lock:
                 self._running -= 1
                 if not self._running:
-                    self.seconds += time.monotonic() - self._since
+                    self._seconds += time.monotonic() - self._since
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        with self._lock:
+            running = time.monotonic() - self._since if self._running else 0.0
+            return self._seconds + running
 
 
 class SpecChooser:
     """Which of several candidates to encode with. Thread-safe.
 
     Candidates stand in the order in which they are preferred; the first one is taken until the
-    store has been measured in both directions.
+    store has been measured. A direction that this process never uses counts like the other one.
     """
 
     def __init__(
@@ -156,13 +167,27 @@ class SpecChooser:
 
     def seconds(self, index: int) -> float | None:
         """What a backup and a prefetch of a batch cost with this candidate; None if not known."""
-        reads, writes = self.reads.estimate(), self.writes.estimate()
+        reads = self.reads.estimate() or self.writes.estimate()
+        writes = self.writes.estimate() or reads
         if reads is None or writes is None:
             return None
         cost = self.costs[index]
         return reads.batch_seconds(
             cost, cost.decode, self._batch_bytes, self._chunks
         ) + writes.batch_seconds(cost, cost.encode, self._batch_bytes, self._chunks)
+
+    def cheapest(self) -> int:
+        """The candidate with the lowest cost, or an earlier one that costs about the same."""
+        known = [self.seconds(index) for index in range(len(self.costs))]
+        seconds = [cost for cost in known if cost is not None]
+        if len(seconds) < len(known):
+            return self.index
+        return next(i for i, cost in enumerate(seconds) if cost <= _TIE * min(seconds))
+
+    def __str__(self) -> str:
+        """A line for people: what the candidates cost."""
+        known = [self.seconds(index) for index in range(len(self.costs))]
+        return ", ".join("?" if cost is None else f"{cost * 1e3:.0f} ms" for cost in known)
 
     def note_size(self, index: int, raw_bytes: int, stored_bytes: int) -> None:
         """Pages of this candidate have come out so large: the data decide, with coded sections."""
@@ -179,13 +204,12 @@ class SpecChooser:
             if self._clock() < self._next:
                 return False
             self._next = self._clock() + _CONSIDER_SECONDS
-            known = [self.seconds(index) for index in range(len(self.costs))]
-            seconds = [cost for cost in known if cost is not None]
-            if len(seconds) < len(known):
+            wanted = self.cheapest()
+            now, then = self.seconds(self.index), self.seconds(wanted)
+            if now is None or then is None:
                 return False
-            wanted = next(i for i, cost in enumerate(seconds) if cost <= _TIE * min(seconds))
             # An earlier candidate is preferred: a tie is enough for the way back to it.
-            is_better = wanted < self.index or seconds[wanted] < _WORTH_IT * seconds[self.index]
+            is_better = wanted < self.index or then < _WORTH_IT * now
             self._in_a_row = self._in_a_row + 1 if is_better else 0
             if self._in_a_row < _IN_A_ROW:
                 return False

@@ -14,15 +14,15 @@ from typing import TypeVar
 
 import numpy as np
 
+from kvcodec.auto import BatchTimer
 from kvcodec.backend import GetResult, PutResult, open_backend
-from kvcodec.budget import check_budget
-from kvcodec.encoding import PageEncoder
+from kvcodec.encoders import Encoders
 from kvcodec.errors import ConfigError, PageError
 from kvcodec.guard import Attempt
 from kvcodec.identity import MAX_KEY_BYTES, Namespace, encode_key
 from kvcodec.layout import PageLayout, PageViews
 from kvcodec.pipeline import Pipeline, StoreOptions
-from kvcodec.plan import PagePlan, check_spec
+from kvcodec.plan import PagePlan
 from kvcodec.rotary import Rotary
 from kvcodec.spec import CodecSpec
 from kvcodec.transfer import Chunk, Transfer
@@ -47,36 +47,29 @@ class PageStore:
         namespace: Namespace,
         spec: CodecSpec,
         *,
+        alternatives: Sequence[CodecSpec] = (),
         protected_spec: CodecSpec | None = None,
         rotary: Rotary | None = None,
     ) -> None:
-        """`protected_spec` encodes the pages that a backup marks as protected (default raw).
-        `rotary` tells how the model rotates its keys, for codecs that can use it.
+        """`spec` encodes pages; with `alternatives`, whichever of all these is quickest with this
+        store, those named first preferred (`kvcodec.auto`). `protected_spec` encodes the pages that
+        a backup marks as protected (default raw). `rotary` tells how the model rotates its keys,
+        for codecs that can use it.
 
         Raises `ConfigError` where a spec cannot be honoured for this layout, or never within the
         byte budget, or a page does not fit the buffers.
         """
         self._pipeline = pipeline
         self.namespace = namespace
-        self.spec = spec
-        self.protected_spec = protected_spec or CodecSpec()
         self._rewrite: OrderedDict[str, None] = OrderedDict()
-        limit, minimum_bits = pipeline.options.max_page_bytes, pipeline.options.minimum_bits
-        for checked in (spec, self.protected_spec):
-            check_spec(checked, self.layout, minimum_bits)
-        for bound in filter(None, (spec, protected_spec) if limit else ()):
-            check_budget(bound, namespace, limit_bytes=limit, minimum_bits=minimum_bits)
-        self._encoder = PageEncoder(
-            pipeline.codec,
+        self._encoders = Encoders(
+            pipeline,
             namespace,
-            pipeline.counts,
-            spec=spec,
-            protected_spec=self.protected_spec,
+            [spec, *alternatives],
+            protected_spec=protected_spec,
             rotary=rotary,
-            max_page_bytes=limit,
-            minimum_bits=minimum_bits,
         )
-        page_bytes = self._encoder.largest_page_bytes(MAX_KEY_BYTES)
+        page_bytes = self._encoders.largest_page_bytes(MAX_KEY_BYTES)
         # Rows at memory pages: a disk reads into those, and writes from them, without a copy.
         self._row_bytes = -(-page_bytes // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
         if 2 * self._row_bytes > pipeline.options.buffer_bytes:
@@ -91,6 +84,12 @@ class PageStore:
         self.chunk_pages = max(
             1, min(wanted, pipeline.options.buffer_bytes // (2 * self._row_bytes))
         )
+        self._encoders.measure(self.chunk_pages)
+
+    @property
+    def spec(self) -> CodecSpec:
+        """The spec that pages are encoded by now."""
+        return self._encoders.spec
 
     @property
     def layout(self) -> PageLayout:
@@ -99,7 +98,7 @@ class PageStore:
 
     def plan(self, which: str = "plain", key_bytes: int = 64) -> PagePlan:
         """The plan of pages with keys of that length: ``plain``, ``protected`` or ``raw``."""
-        return self._encoder.plan(which, key_bytes)
+        return self._encoders.present.plan(which, key_bytes)
 
     def exists(self, keys: Sequence[str]) -> list[bool]:
         """Whether each page is stored. No answer in time is a no."""
@@ -140,28 +139,34 @@ class PageStore:
             else ["plain"] * len(keys)
         )
 
+        encoder, timer = self._encoders.choose(), BatchTimer()
+
         def encode(chunk: Chunk) -> None:
             data = [encode_key(keys[index]) for index in chunk.indices]
             mark, selected = marks[chunk.indices[0]], views.select(chunk.indices)
-            chunk.fill(self._encoder.encode(mark, data, selected, chunk.rows))
+            chunk.fill(encoder.encode(mark, data, selected, chunk.rows))
+            if mark == "plain":
+                self._encoders.note_pages(encoder, chunk.pages)
 
         def put(chunk: Chunk, seconds: float) -> list[PutResult] | None:
             wanted = [names[index] for index in chunk.indices]
             backend = self._pipeline.backend
             if not wanted:  # nothing fitted the budget
                 return []
-            return self._pipeline.guarded(
-                "backup", lambda: backend.put(wanted, chunk.pages, timeout_seconds=seconds)
-            )
+            with timer.chunk():
+                return self._pipeline.guarded(
+                    "backup", lambda: backend.put(wanted, chunk.pages, timeout_seconds=seconds)
+                )
 
         attempt = Attempt()
 
         def settle(chunk: Chunk, answers: list[PutResult] | None) -> None:
             attempt.note(answers)
-            for index, error in zip(chunk.indices, answers or [], strict=False):
+            for index, page, error in zip(chunk.indices, chunk.pages, answers or [], strict=False):
                 results[index] = error is None
                 self._count("backup.stored" if error is None else f"backup.{error.label}")
                 if error is None:
+                    timer.bytes += len(page)
                     self._rewrite.pop(names[index], None)
 
         transfer: Transfer[list[PutResult]] = self._transfer(
@@ -175,6 +180,7 @@ class PageStore:
             drop=lambda indices: self._count("backup.dropped", len(indices)),
         )
         self._pipeline.writes.settle(attempt)
+        self._encoders.note_write(timer)
         self._count("backup.failed", results.count(False))
         return results
 
@@ -189,7 +195,7 @@ class PageStore:
         if not self._pipeline.reads.admits:
             self._count("prefetch.refused", len(keys))
             return results
-        attempt = Attempt()
+        attempt, timer = Attempt(), BatchTimer()
         deadline = time.monotonic() + self._pipeline.options.prefetch_timeout_seconds
 
         def get(chunk: Chunk, seconds: float) -> list[GetResult] | None:
@@ -198,9 +204,10 @@ class PageStore:
                 [row.data for row in chunk.rows],
             )
             backend = self._pipeline.backend
-            return self._pipeline.guarded(
-                "prefetch", lambda: backend.get_into(wanted, rows, timeout_seconds=seconds)
-            )
+            with timer.chunk():
+                return self._pipeline.guarded(
+                    "prefetch", lambda: backend.get_into(wanted, rows, timeout_seconds=seconds)
+                )
 
         def settle(chunk: Chunk, answers: list[GetResult] | None) -> None:
             attempt.note(answers)
@@ -215,6 +222,7 @@ class PageStore:
                     self._count("prefetch.miss" if answer is None else f"prefetch.{answer.label}")
             if not read:
                 return
+            timer.bytes += sum(len(page) for _, page in read)
             indices = [index for index, _ in read]
             errors = self._decode(indices, [page for _, page in read], keys, views, deadline)
             for index, error in zip(indices, errors, strict=True):
@@ -235,6 +243,7 @@ class PageStore:
             drop=lambda indices: self._count("prefetch.dropped", len(indices)),
         )
         self._pipeline.reads.settle(attempt)
+        self._encoders.note_read(timer)
         self._count("prefetch.failed", results.count(False))
         return results
 
@@ -306,7 +315,7 @@ class PageStore:
         self._count("prefetch.read_bytes", sum(len(page) for page in pages))
         return self._pipeline.codec.decode_into(
             self.namespace,
-            self._encoder.likely_plan(len(data[0])),
+            self._encoders.present.likely_plan(len(data[0])),
             data,
             pages,
             views.select(indices),

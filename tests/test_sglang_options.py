@@ -478,7 +478,7 @@ TESTED_OPTIONS = (
     | {"namespace", "revision", "salt", "minimum_bits"}
     | {"io_threads", "codec_threads", "buffer_bytes", "url"}
     | {"breaker_failures", "breaker_cooldown_seconds", "max_page_bytes"}
-    | {"rotary"}  # tests/test_sglang_rotation.py
+    | {"rotary", "auto_candidates"}  # tests/test_sglang_rotation.py, tests/test_auto.py
 )
 
 

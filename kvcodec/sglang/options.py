@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 from kvcodec.errors import ConfigError
@@ -48,8 +48,14 @@ _OWN_OPTIONS = frozenset(
         "sink_tokens",
         "protected_preset",
         "rotary",
+        "auto_candidates",
     }
 )
+
+#: What `preset` says where speeds are to choose, and among which specs, the preferred one first:
+#: none of them loses more than `kv4` does.
+_AUTO = "auto"
+_AUTO_CANDIDATES = ("kv8-channel", "ecq-4", "kv4-channel", "ecq-3")
 
 KNOWN_OPTIONS = _OWN_OPTIONS | SPEC_OPTIONS | _STORE_OPTIONS
 
@@ -60,6 +66,7 @@ _MAX_PROTECTED_TOKENS = 1 << 24
 class AdapterOptions:
     """What the user asked for.
 
+    With `alternatives`, speeds choose between `spec` and them (`kvcodec.auto`).
     `residual_tokens` at the end of every backup call, and `sink_tokens` at the start of every
     sequence, are stored with `protected_spec`. `passes_prefix_keys` says whether SGLang tells where
     in its sequence a page stands; None where that cannot be known beforehand. `salt_digest` stands
@@ -71,6 +78,7 @@ class AdapterOptions:
     spec: CodecSpec
     protected_spec: CodecSpec
     store: StoreOptions
+    alternatives: tuple[CodecSpec, ...] = ()
     namespace: str = ""
     revision: str = ""
     salt_digest: str = ""
@@ -87,9 +95,11 @@ class AdapterOptions:
             if name not in KNOWN_OPTIONS and name not in SGLANG_OPTIONS:
                 raise ConfigError(_unknown(name))
         passes = extra.get(_PASS_PREFIX_KEYS)
+        spec, *alternatives = _specs(extra)
         options = cls(
             url=_url(extra),
-            spec=CodecSpec.from_options(_subset(extra, SPEC_OPTIONS)),
+            spec=spec,
+            alternatives=tuple(alternatives),
             protected_spec=CodecSpec.parse(_text("protected_preset", extra, "raw")),
             store=StoreOptions.parse(_subset(extra, _STORE_OPTIONS)),
             namespace=_text("namespace", extra, ""),
@@ -109,12 +119,27 @@ class AdapterOptions:
                 f"sink_tokens is {self.sink_tokens}, but SGLang does not say where a page stands "
                 f'in its sequence: set "{_PASS_PREFIX_KEYS}": true as well'
             )
-        if "rotary" in extra and not self.spec.can_derotate:
+        if "rotary" in extra and not self.can_derotate:
             raise ConfigError("rotary has no effect: no keys are stored as ecq per channel")
         if "protected_preset" in extra and not self.protects:
             raise ConfigError(
                 "protected_preset has no effect without residual_length or sink_tokens"
             )
+
+    @property
+    def specs(self) -> tuple[CodecSpec, ...]:
+        """Every spec that pages which are not protected may have, the preferred one first."""
+        return (self.spec, *self.alternatives)
+
+    @property
+    def can_derotate(self) -> bool:
+        """Whether it matters how the model rotates its keys."""
+        return any(spec.can_derotate for spec in self.specs)
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether single layers have codecs of their own."""
+        return any(spec.layers for spec in self.specs)
 
     @property
     def protects(self) -> bool:
@@ -123,15 +148,37 @@ class AdapterOptions:
 
     def without_layers(self) -> AdapterOptions:
         """The same options for a pool whose layers are not the model's own, such as a draft's."""
+        spec, *others = (replace(spec, layers=(), profile=None) for spec in self.specs)
         return replace(
             self,
-            spec=replace(self.spec, layers=(), profile=None),
+            spec=spec,
+            alternatives=tuple(others),
             protected_spec=replace(self.protected_spec, layers=()),
         )
 
     def as_raw(self) -> AdapterOptions:
         """The same options for a pool whose bytes must not change."""
-        return replace(self, spec=CodecSpec(), protected_spec=CodecSpec())
+        return replace(self, spec=CodecSpec(), alternatives=(), protected_spec=CodecSpec())
+
+
+def _specs(extra: Mapping[str, object]) -> list[CodecSpec]:
+    """The spec that the options name; with the preset ``auto`` its candidates."""
+    if extra.get("preset") != _AUTO:
+        if "auto_candidates" in extra:
+            raise ConfigError('auto_candidates has no effect without "preset": "auto"')
+        return [CodecSpec.from_options(_subset(extra, SPEC_OPTIONS))]
+    others = sorted((SPEC_OPTIONS - {"preset"}) & set(extra))
+    if others:
+        raise ConfigError(
+            f'{others[0]} says how pages are encoded, and "preset": "auto" leaves that to speeds: '
+            "give what may be chosen in auto_candidates, or another preset"
+        )
+    names = extra.get("auto_candidates", list(_AUTO_CANDIDATES))
+    if not isinstance(names, Sequence) or isinstance(names, str) or len(names) < 2:
+        raise ConfigError(
+            f"auto_candidates is {names!r}, wanted a list of two presets or specs at least"
+        )
+    return [CodecSpec.from_options({"spec": name}) for name in names]
 
 
 def _unknown(name: str) -> str:

@@ -17,6 +17,7 @@ from kvcodec.sglang.options import AdapterOptions
 from kvcodec.sglang.pools import FlatPages, MappedPages, PoolPages, flat_layout
 from kvcodec.sglang.rotation import find_rotary
 from kvcodec.sglang.topology import Topology
+from kvcodec.spec import CodecSpec
 from kvcodec.store import PageStore, Pipeline
 
 __all__ = ["open_pool"]
@@ -50,8 +51,8 @@ def open_pool(
     geometry = _geometry(name, pool)
     options = _options_of(name, geometry, options)
     layout = flat_layout(pool) if geometry is None else geometry.layout
-    if options.spec.profile is not None:
-        options.spec.profile.check(layout, is_whole=topology.pp_size == 1)
+    for profile in filter(None, (spec.profile for spec in options.specs)):
+        profile.check(layout, is_whole=topology.pp_size == 1)
     shares_pages = topology.shares_pages(name, classes)
     namespace = Namespace(
         topology.identity(options, shares_pages, **_pool_fields(name, pool, geometry)), layout
@@ -60,6 +61,7 @@ def open_pool(
         pipeline,
         namespace,
         options.spec,
+        alternatives=options.alternatives,
         protected_spec=options.protected_spec if options.protects else None,
         rotary=None if name in _DRAFT_POOLS else find_rotary(options, topology.model_name),
     )
@@ -126,8 +128,8 @@ def _pool_fields(name: str, pool: object, geometry: PoolGeometry | None) -> dict
 
 def _log(name: str, pool: object, store: PageStore, options: AdapterOptions) -> None:
     layout = store.layout
-    spec = options.spec
-    if not layout.dtype.is_quantizable and spec.text != "key=raw value=raw":
+    specs = " or ".join(repr(spec.text) for spec in options.specs)
+    if not layout.dtype.is_quantizable and options.spec != CodecSpec():
         logger.info("kvcodec: pool %s holds %s, which is stored raw", name, layout.dtype.text)
     if layout.dtype is DType.U8 and name in _CODEC_POOLS:
         logger.warning(
@@ -146,7 +148,7 @@ def _log(name: str, pool: object, store: PageStore, options: AdapterOptions) -> 
         name,
         type(pool).__name__,
         getattr(pool, "layout", None),
-        spec.text,
+        specs,
         store.namespace.digest.hex(),
         layout.layer_count,
         layout.token_count,

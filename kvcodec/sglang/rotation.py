@@ -24,7 +24,7 @@ def find_rotary(options: AdapterOptions, model_name: str) -> Rotary | None:
     machine, or says nothing that holds for every token, is a line in the log: its keys are stored
     as they are.
     """
-    if options.rotary == "off" or not options.spec.can_derotate:
+    if options.rotary == "off" or not options.can_derotate:
         return None
     path = _config_of(model_name) if options.rotary == "auto" else Path(options.rotary)
     if path is None:

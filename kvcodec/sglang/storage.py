@@ -108,7 +108,7 @@ class KVCodecStorage(HiCacheStorage):
     def _register(self, name: str, pool: object) -> None:
         if self._registered.get(name) is pool:
             return
-        if name in _HYBRID_POOLS and self._options.spec.layers:
+        if name in _HYBRID_POOLS and self._options.has_layers:
             raise ConfigError(
                 f"a layer table cannot be applied to a model with a {name} pool: SGLang numbers "
                 "the layers of each pool anew"
