@@ -17,7 +17,7 @@ ROOT = typer.main.get_command(app)
 COMMANDS = {
     f"kvcodec {name}": ROOT.commands[name]
     for name in ("inspect", "ls", "stat", "verify", "scrub", "rm", "gc", "copy", "doctor")
-    + ("serve", "health", "eval")
+    + ("serve", "health", "eval", "tune")
 } | {
     f"kvcodec {group} {name}": ROOT.commands[group].commands[name]
     for group, name in (("bench", "codec"), ("config", "show"))

@@ -9,8 +9,10 @@ import sys
 import pytest
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers", minversion="5.0")
-tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("transformers", minversion="5.0")
+pytest.importorskip("tokenizers")
+
+from tiny_lm import write_tiny_lm  # noqa: E402
 
 from kvcodec.cli import main  # noqa: E402
 
@@ -45,25 +47,7 @@ def _one_thread():
 def folder(tmp_path_factory):
     """A model that nobody trained, a tokenizer of bytes, and a text."""
     folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = transformers.Qwen3Config(
-        vocab_size=257,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=64,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-    )
-    transformers.Qwen3ForCausalLM(config).bfloat16().save_pretrained(folder)
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    words = {"<bos>": 0} | {letter: 1 + index for index, letter in enumerate(alphabet)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=words, merges=[]))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>")
-    fast.save_pretrained(folder)
+    write_tiny_lm(folder)
     (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 9)
     return folder
 

@@ -1,7 +1,7 @@
-"""``kvcodec eval``, found by the command line through the entry-point group ``kvcodec.commands``.
+"""``kvcodec eval`` and ``kvcodec tune``, found by the command line through the entry-point group
+``kvcodec.commands``.
 
-Nothing heavy is imported before the command runs; where torch or transformers is missing, it says
-so.
+Nothing heavy is imported before a command runs; where torch or transformers is missing, it says so.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import typer
 
 from kvcodec.errors import ConfigError
 
-__all__ = ["evaluate", "register"]
+__all__ = ["evaluate", "register", "tune"]
 
 
 _Model = Annotated[
@@ -69,9 +69,42 @@ _Plot = Annotated[
 _AsJson = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
 
 
+_Texts = Annotated[
+    list[Path], typer.Option("--text", metavar="FILE", help="A text to predict; may be repeated.")
+]
+_Output = Annotated[
+    Path, typer.Option("--output", metavar="FILE", help="Where the profile goes, a JSON file.")
+]
+_Bits = Annotated[
+    str, typer.Option("--bits", help="Sizes to find specs for, bits per value of whole pages.")
+]
+_ProbedWindows = Annotated[
+    int, typer.Option("--windows", help="Windows of the text to measure sections on.")
+]
+_HeldOut = Annotated[
+    int, typer.Option("--held-out", help="Other windows, to measure what was found.")
+]
+_Seed = Annotated[int, typer.Option("--seed", help="Which windows of the text are which.")]
+_Ladder = Annotated[
+    bool, typer.Option("--ladder/--no-ladder", help="Compare with the best of 2, 4 and 8 bits.")
+]
+_TunedImprint = Annotated[
+    str,
+    typer.Option(
+        "--imprint",
+        metavar="WORDS",
+        help="Put outliers in first: keys=8,pairs=3,values=0.5,seed=0.",
+    ),
+]
+_FrontPlot = Annotated[
+    Path | None, typer.Option("--plot", metavar="FILE", help="Draw divergence against bits.")
+]
+
+
 def register(app: typer.Typer) -> None:
-    """Add the command to the command line."""
+    """Add the commands to the command line."""
     app.command("eval")(evaluate)
+    app.command("tune")(tune)
 
 
 def evaluate(
@@ -133,3 +166,75 @@ def evaluate(
     if layers_table:
         show_layers(document["rows"])
     return 0
+
+
+def tune(
+    model: _Model,
+    text: _Texts,
+    output: _Output,
+    bits: _Bits = "2.25,2.5,2.75,3,3.25,3.5,4,4.5",
+    windows: _ProbedWindows = 8,
+    held_out: _HeldOut = 16,
+    seed: _Seed = 0,
+    ladder: _Ladder = True,
+    mode: _Mode = "context",
+    context: _Context = 512,
+    score: _Score = 0,
+    page_size: _PageSize = 64,
+    sink_tokens: _SinkTokens = 0,
+    imprint: _TunedImprint = "",
+    compute: _Compute = "float32",
+    cache: _Cache = "bfloat16",
+    device: _Device = "cpu",
+    plot: _FrontPlot = None,
+    as_json: _AsJson = False,
+) -> int:
+    """Which bits each layer's keys and values need on a model: a profile for its pages.
+
+    Measures what every section alone costs the predictions, divides bits among sections, and
+    measures the result on other windows beside uniform bits and KVTuner's 2, 4 and 8. Interrupted,
+    it goes on where it was. A spec names a point of the profile as profile:FILE@BITS.
+    """
+    try:
+        from kvcodec.eval.memory import keep_memory
+        from kvcodec.eval.tuning import Tuning, run_tuning
+        from kvcodec.eval.tuning_report import draw_front, show_tuning
+    except ImportError as error:
+        raise ConfigError(
+            f"kvcodec tune needs what pip install 'kvcodec[eval]' brings: {error}"
+        ) from error
+    tuning = Tuning(
+        model=model,
+        texts=tuple(text),
+        output=output,
+        bits=_numbers("--bits", bits),
+        windows=windows,
+        held_out=held_out,
+        seed=seed,
+        ladder=ladder,
+        mode=mode,
+        context=context,
+        score=score,
+        page_size=page_size,
+        sink_tokens=sink_tokens,
+        imprint=imprint,
+        compute=compute,
+        cache=cache,
+        device=device,
+    )
+    keep_memory()
+    document = run_tuning(tuning)
+    if plot is not None:
+        draw_front(document, plot)
+    if as_json:
+        sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+    else:
+        show_tuning(document)
+    return 0
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"{name} is {text!r}, wanted are numbers such as 2.5,3,4") from error

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvcodec.eval.model import Cache, attend
 
-__all__ = ["Estimate", "LayerTally", "Probe", "Tally"]
+__all__ = ["Estimate", "LayerTally", "Probe", "Tally", "divergence", "loss_of"]
 
 #: Queries per window and layer of which attention is compared; all of them would cost more than
 #: the model.
@@ -122,6 +122,16 @@ def _errors(before: Tensor, after: Tensor) -> tuple[float, float]:
     return error, float((x - x.mean(1, keepdim=True)).square().sum())
 
 
+def divergence(wanted: Tensor, found: Tensor) -> float:
+    """Mean of Σ p·ln(p/q) over tokens, from log-probabilities (tokens, vocabulary)."""
+    return float((wanted.exp() * (wanted - found)).double().sum(1).mean())
+
+
+def loss_of(logs: Tensor, targets: Tensor) -> float:
+    """Mean of −ln p of the true tokens (tokens,), from log-probabilities (tokens, vocabulary)."""
+    return -float(logs.gather(1, targets[:, None]).double().mean())
+
+
 @dataclass(slots=True)
 class Tally:
     """One codec on one model: a number per window, and errors per layer."""
@@ -136,13 +146,10 @@ class Tally:
 
     def add_predictions(self, wanted: Tensor, found: Tensor, targets: Tensor) -> None:
         """Log-probabilities (tokens, vocabulary) without and with the codec; the true tokens."""
-        losses = [
-            -log.gather(1, targets[:, None]).double().mean().item() for log in (wanted, found)
-        ]
-        self.loss.append(losses[1])
-        self.loss_increase.append(losses[1] - losses[0])
-        divergence = (wanted.exp() * (wanted - found)).double().sum(1)
-        self.divergence.append(divergence.mean().item())
+        loss = loss_of(found, targets)
+        self.loss.append(loss)
+        self.loss_increase.append(loss - loss_of(wanted, targets))
+        self.divergence.append(divergence(wanted, found))
         self.agreement.append((wanted.argmax(1) == found.argmax(1)).double().mean().item())
 
     def as_json(self) -> dict[str, object]:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from kvcodec.codec import Codec
 from kvcodec.errors import ConfigError
 from kvcodec.eval.protocol import RoundTrip
+from kvcodec.format import EncodedPage, pad64
 from kvcodec.identity import Identity, Namespace
 from kvcodec.layout import DType, PageLayout, PageViews
 from kvcodec.plan import PagePlan, check_spec
@@ -32,10 +33,10 @@ class SpecCodec:
     """
 
     def __init__(
-        self, text: str, codec: Codec, name: str = "", rotary: Rotary | None = None
+        self, text: str | CodecSpec, codec: Codec, name: str = "", rotary: Rotary | None = None
     ) -> None:
-        self.spec = CodecSpec.load(text)
-        self.name = name or text
+        self.spec = CodecSpec.load(text) if isinstance(text, str) else text
+        self.name = name or (text if isinstance(text, str) else text.text)
         self._codec, self._rotary = codec, rotary
 
     def roundtrip_pages(self, keys: Tensor, values: Tensor) -> RoundTrip:
@@ -58,17 +59,18 @@ class SpecCodec:
         plan = PagePlan.for_spec(namespace, self.spec, len(_KEY), self._rotary)
         arrays = [_bits(keys), _bits(values)]
         decoded = [np.empty_like(array) for array in arrays]
-        stored = 0
+        stored, sections = 0, np.zeros(layout.section_count, np.int64)
         for start in range(0, len(keys), _BATCH):
             batch = slice(start, start + _BATCH)
-            stored += self._pass(
-                namespace, plan, [a[batch] for a in arrays], [d[batch] for d in decoded]
-            )
-        back = [
+            raw, back = ([array[batch] for array in side] for side in (arrays, decoded))
+            for page in self._pass(namespace, plan, raw, back):
+                stored += len(page)
+                sections += list(map(pad64, EncodedPage.parse(page.data).header.stored_bytes))
+        found = [
             torch.from_numpy(array).view(tensor.dtype)
             for array, tensor in zip(decoded, (keys, values), strict=True)
         ]
-        return RoundTrip(back[0], back[1], 8.0 * stored)
+        return RoundTrip(found[0], found[1], 8.0 * stored, sections.tolist())
 
     def _pass(
         self,
@@ -76,8 +78,8 @@ class SpecCodec:
         plan: PagePlan,
         raw: list[npt.NDArray[np.generic]],
         decoded: list[npt.NDArray[np.generic]],
-    ) -> int:
-        """Bytes of the encoded pages."""
+    ) -> list[npt.NDArray[np.uint8]]:
+        """The encoded pages."""
         page_keys = [_KEY.encode()] * len(raw[0])
         pages = [np.zeros(plan.page_bytes, np.uint8) for _ in page_keys]
         encoded = self._codec.encode_into(
@@ -95,7 +97,7 @@ class SpecCodec:
         for problem in problems:
             if problem is not None:
                 raise problem
-        return int(sum(sizes))
+        return pages
 
 
 def _bits(tensor: Tensor) -> npt.NDArray[np.generic]:

@@ -18,11 +18,15 @@ __all__ = ["AnyCodec", "CacheCodec", "PageCodec", "RoundTrip", "round_trip"]
 class RoundTrip:
     """What came back for keys and values of shape (pages, layers, heads, tokens, head_size), in
     the element type they were given in, and the bits that lay in the store for them.
+
+    `section_bytes`: of these the bytes for each layer's keys, then values, layer by layer; empty
+    where a codec does not tell them apart.
     """
 
     keys: Tensor
     values: Tensor
     stored_bits: float
+    section_bytes: Sequence[int] = ()
 
 
 @runtime_checkable

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from kvcodec.errors import ConfigError
 
-__all__ = ["draw", "show", "show_layers"]
+__all__ = ["console_of", "draw", "save_figure", "show", "show_layers", "table_of"]
 
 #: One codec on one variant of the model: `variant`, `codec`, and what `Tally.as_json` gives.
 Row = dict[str, Any]
@@ -19,14 +19,16 @@ Row = dict[str, Any]
 _WIDTH = 150
 
 
-def _console() -> Console:
+def console_of() -> Console:
+    """A console of stdout, wide enough for tables where stdout is no terminal."""
     console = Console(highlight=False, emoji=False, markup=False)
     if not console.is_terminal:
         console.width = _WIDTH
     return console
 
 
-def _table(names: Sequence[str], title: str, numbers_from: int) -> Table:
+def table_of(names: Sequence[str], title: str, numbers_from: int) -> Table:
+    """An empty table; columns from that index on hold numbers."""
     table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
     for index, name in enumerate(names):
         right = index >= numbers_from
@@ -40,14 +42,14 @@ def _pair(mean: float, error: float | None) -> str:
 
 def show(variants: Sequence[dict[str, Any]], rows: Sequence[Row]) -> None:
     """A table for each variant of the model."""
-    console = _console()
+    console = console_of()
     names = ("codec", "bits", "ratio", "ppl", "loss increase", "KL", "top-1", "K rMSE", "V rMSE")
     for variant in variants:
         title = (
             f"{variant['name']}: loss {variant['loss']:.4f}, perplexity "
             f"{variant['perplexity']:.3f} over {variant['tokens']} tokens"
         )
-        table = _table((*names, "attn KL", "attn out"), title, 1)
+        table = table_of((*names, "attn KL", "attn out"), title, 1)
         for row in rows:
             if row["variant"] != variant["name"]:
                 continue
@@ -68,10 +70,10 @@ def show(variants: Sequence[dict[str, Any]], rows: Sequence[Row]) -> None:
 
 def show_layers(rows: Sequence[Row]) -> None:
     """A line for each layer of each codec."""
-    console = _console()
+    console = console_of()
     names = ("codec", "layer", "K rMSE", "V rMSE", "attn KL", "attn out")
     for variant in dict.fromkeys(row["variant"] for row in rows):
-        table = _table(names, str(variant), 1)
+        table = table_of(names, str(variant), 1)
         for row in rows:
             if row["variant"] != variant:
                 continue
@@ -116,6 +118,14 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
         panel.legend()
     figure.suptitle(title)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save_figure(figure, path)
     pyplot.close(figure)
+
+
+def save_figure(figure: Any, path: Path) -> None:  # noqa: ANN401 - of matplotlib, which may be missing
+    """Write a figure, whose kind the name's ending says, and make its folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the plot {str(path)!r} cannot be written: {error}") from error

@@ -11,11 +11,21 @@ import torch
 from torch import Tensor
 
 from kvcodec.errors import ConfigError
-from kvcodec.eval.metrics import LayerTally, Probe, Tally
+from kvcodec.eval.metrics import LayerTally, Probe, Tally, loss_of
 from kvcodec.eval.model import Cache, CachedModel
 from kvcodec.eval.protocol import AnyCodec, round_trip
 
-__all__ = ["Mode", "Options", "Result", "Windows", "measure", "windows_of"]
+__all__ = [
+    "Coded",
+    "Mode",
+    "Options",
+    "Result",
+    "Window",
+    "Windows",
+    "check_context",
+    "measure",
+    "windows_of",
+]
 
 
 class Mode(str, enum.Enum):
@@ -113,6 +123,12 @@ class Result:
     rows: dict[str, Tally]
 
 
+def check_context(model: CachedModel, options: Options) -> None:
+    """Raise `ConfigError` for a context that is longer than the model's."""
+    if options.context > model.limit:
+        raise ConfigError(f"context is {options.context}, the model was made for {model.limit}")
+
+
 def measure(
     model: CachedModel,
     windows: Windows,
@@ -121,15 +137,14 @@ def measure(
     progress: Callable[[str], None] = lambda _: None,
 ) -> Result:
     """Score every window without a codec and with each; `progress` hears of every run."""
-    if options.context > model.limit:
-        raise ConfigError(f"context is {options.context}, the model was made for {model.limit}")
+    check_context(model, options)
     names = [codec.name for codec in codecs]
     if len(set(names)) != len(names):
         raise ConfigError(f"a codec is named twice among {', '.join(names)}")
     rows = {name: Tally([]) for name in names}
     losses = []
     for ids in windows.ids:
-        window = _Window(model, ids.to(model.model.device), options)
+        window = Window(model, ids, options)
         losses.append(window.loss)
         progress("model")
         for codec in codecs:
@@ -139,38 +154,72 @@ def measure(
     return Result(loss, math.exp(loss), len(windows) * options.scored_tokens, rows)
 
 
-class _Window:
-    """One window: its exact cache, and the model's predictions from it."""
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """What a codec made of a window. `keys` and `values` per layer (heads, tokens, head_size), the
+    sinks and what is in no page as they were; `stored_bits` with the sinks, of `value_count`
+    values; `section_bytes` as in `RoundTrip`.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    stored_bits: float
+    value_count: int
+    section_bytes: tuple[int, ...]
+
+
+class Window:
+    """One window: its exact cache, and the model's predictions from it.
+
+    `exact`: log-probabilities (scored tokens, vocabulary) without a codec.
+    """
 
     def __init__(self, model: CachedModel, ids: Tensor, options: Options) -> None:
-        self._model, self._ids, self._options = model, ids, options
-        self._targets = ids[-options.scored_tokens :]
+        self._model, self._options = model, options
+        self._ids = ids.to(model.model.device)
+        self.targets = self._ids[-options.scored_tokens :]
         self._end = options.coded_tokens
         # What an engine has computed anew when it scores: all of it, or what the store lacked.
         self._start = self._end if options.mode is Mode.PREFIX_REUSE else 0
-        self._cache: Cache = model.record(ids)
+        self.cache: Cache = model.record(self._ids)
         # Through the same path as with a codec, so that a codec without loss changes no bit.
-        self._exact = self._logits(self._cache.keys, self._cache.values)
-        self.loss = -self._exact.gather(1, self._targets[:, None]).double().mean().item()
-        self._probe = Probe(self._cache, len(ids) - options.scored_tokens)
+        self.exact = self.predict(self.cache.keys, self.cache.values)
+        self.loss = loss_of(self.exact, self.targets)
+        self._probe: Probe | None = None
 
-    def _logits(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+    def predict(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+        """Log-probabilities (scored tokens, vocabulary) when attention reads these, per layer
+        (heads, tokens, head_size).
+        """
         count = self._options.scored_tokens
         return self._model.logits(self._ids, count, self._start, self._end, keys, values)
 
+    def code(self, codec: AnyCodec) -> Coded:
+        """Code the pages of the window."""
+        cache, sinks = self.cache, self._options.sink_tokens
+        coded = round_trip(codec, self._pages(cache.keys), self._pages(cache.values))
+        pairs = (*cache.keys, *cache.values)
+        return Coded(
+            _put(cache.keys, coded.keys, sinks),
+            _put(cache.values, coded.values, sinks),
+            coded.stored_bits + sum(8 * t[:, :sinks].numel() * t.itemsize for t in pairs),
+            sum(t[:, : self._end].numel() for t in pairs),
+            tuple(coded.section_bytes),
+        )
+
     def add(self, codec: AnyCodec, tally: Tally) -> None:
         """Code the pages, run the model on what comes back, and add what changed."""
-        cache, sinks = self._cache, self._options.sink_tokens
-        coded = round_trip(codec, self._pages(cache.keys), self._pages(cache.values))
-        keys = _put(cache.keys, coded.keys, sinks)
-        values = _put(cache.values, coded.values, sinks)
-        tally.layers = tally.layers or [LayerTally() for _ in keys]
-        tally.add_predictions(self._exact, self._logits(keys, values), self._targets)
-        self._probe.add(tally.layers, keys, values, sinks, self._end)
-        pairs = (*cache.keys, *cache.values)
+        coded = self.code(codec)
+        tally.layers = tally.layers or [LayerTally() for _ in coded.keys]
+        found = self.predict(coded.keys, coded.values)
+        tally.add_predictions(self.exact, found, self.targets)
+        if self._probe is None:
+            first = len(self._ids) - self._options.scored_tokens
+            self._probe = Probe(self.cache, first)
+        sinks = self._options.sink_tokens
+        self._probe.add(tally.layers, coded.keys, coded.values, sinks, self._end)
         tally.stored_bits += coded.stored_bits
-        tally.stored_bits += sum(8 * t[:, :sinks].numel() * t.itemsize for t in pairs)
-        tally.values += sum(t[:, : self._end].numel() for t in pairs)
+        tally.values += coded.value_count
 
     def _pages(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Per layer (pages, heads, page tokens, head_size), in host memory, as a store has them."""

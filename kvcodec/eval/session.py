@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import PreTrainedModel
 
 from kvcodec.codec import Codec
 from kvcodec.errors import ConfigError
-from kvcodec.eval.imprint import Imprint, check_same, imprint
+from kvcodec.eval.imprint import Imprint
 from kvcodec.eval.model import CachedModel, load_model, tokens_of
+from kvcodec.eval.opening import (
+    CACHE,
+    COMPUTE,
+    imprinted,
+    one_of,
+    progress_bar,
+    text_of,
+    versions,
+)
 from kvcodec.eval.pages import SpecCodec
 from kvcodec.eval.protocol import AnyCodec, CacheCodec, PageCodec
 from kvcodec.eval.report import Row
-from kvcodec.eval.runner import Mode, Options, Result, Windows, measure, windows_of
+from kvcodec.eval.runner import Mode, Options, Result, measure, windows_of
 from kvcodec.rotary import Rotary, rotary_of_config
 
 __all__ = ["Session", "codecs_of", "peers_of", "run_session"]
-
-_COMPUTE = ("float32", "bfloat16", "float16")
-_CACHE = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,19 +55,13 @@ class Session:
     def options(self) -> Options:
         """How windows are cut. Raises `ConfigError` for a value out of range."""
         return Options(
-            mode=Mode(_one_of("--mode", self.mode, [mode.value for mode in Mode])),
+            mode=Mode(one_of("--mode", self.mode, [mode.value for mode in Mode])),
             context=self.context,
             score=self.score,
             page_size=self.page_size,
             sink_tokens=self.sink_tokens,
             windows=self.windows,
         )
-
-
-def _one_of(name: str, value: str, allowed: list[str] | tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise ConfigError(f"{name} is {value!r}, allowed are {', '.join(allowed)}")
-    return value
 
 
 def codecs_of(session: Session, codec: Codec, rotary: Rotary | None) -> list[AnyCodec]:
@@ -107,12 +100,12 @@ def _is_codec(value: object) -> bool:
 def run_session(session: Session) -> dict[str, Any]:
     """The document of ``--json``: what was asked for, the variants of the model, and the rows."""
     options = session.options()
-    compute = getattr(torch, _one_of("--compute", session.compute, _COMPUTE))
-    cache = getattr(torch, _one_of("--cache", session.cache, _CACHE))
+    compute = getattr(torch, one_of("--compute", session.compute, COMPUTE))
+    cache = getattr(torch, one_of("--cache", session.cache, CACHE))
     what = Imprint.parse(session.imprint) if session.imprint else None
     codec = Codec()
     try:
-        text = _text_of(session.text)
+        text = text_of(session.text)
         raw, tokenizer = load_model(session.model, session.compute, session.device)
         codecs = codecs_of(session, codec, rotary_of_config(raw.config.to_dict())[0])
         windows = windows_of(*tokens_of(tokenizer, text), options)
@@ -120,10 +113,10 @@ def run_session(session: Session) -> dict[str, Any]:
         total = len(windows) * (1 + len(codecs)) * (1 if what is None else 2)
         variants: list[dict[str, Any]] = []
         rows: list[Row] = []
-        with _progress(total) as step:
+        with progress_bar(total) as step:
             _add(variants, rows, "natural", measure(model, windows, codecs, options, step))
             if what is not None:
-                change = _imprint(raw, what, windows, compute)
+                change = imprinted(raw, what, windows.ids[0], compute)
                 found = measure(model, windows, codecs, options, step)
                 _add(variants, rows, "imprinted", found)
                 variants[-1]["largest_change_without_cache"] = change
@@ -131,22 +124,7 @@ def run_session(session: Session) -> dict[str, Any]:
         codec.close()
     asked = asdict(session) | {"text": session.text.name, "scored_tokens": options.scored_tokens}
     asked |= {"coded_tokens": options.coded_tokens, "window_count": len(windows)}
-    return {"asked": asked, "versions": _versions(), "variants": variants, "rows": rows}
-
-
-def _text_of(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the text {str(path)!r} cannot be read: {error}") from error
-
-
-def _imprint(raw: PreTrainedModel, what: Imprint, windows: Windows, compute: torch.dtype) -> float:
-    """Imprint the model, and make sure that it is still the same function."""
-    bare, ids = CachedModel(raw, None), windows.ids[0].to(raw.device)
-    before = bare.logits(ids, len(ids) - 1)
-    imprint(raw, what)
-    return check_same(before, bare.logits(ids, len(ids) - 1), compute)
+    return {"asked": asked, "versions": versions(), "variants": variants, "rows": rows}
 
 
 def _add(variants: list[dict[str, Any]], rows: list[Row], name: str, result: Result) -> None:
@@ -162,25 +140,3 @@ def _add(variants: list[dict[str, Any]], rows: list[Row], name: str, result: Res
         row = tally.as_json()
         bits = tally.stored_bits / tally.values
         rows.append({"variant": name, "codec": codec, "ratio": 16 / bits} | row)
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("kvcodec", "torch", "transformers")}
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr where somebody watches, and a function that advances it."""
-    console = Console(file=sys.stderr)
-    if not console.is_terminal:
-        yield lambda _: None
-        return
-    columns = (
-        TextColumn("{task.description:<24}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda text: bar.update(task, advance=1, description=text)
