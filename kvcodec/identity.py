@@ -14,6 +14,7 @@ from kvcodec.errors import ConfigError, CorruptPage
 from kvcodec.layout import PageLayout
 
 __all__ = [
+    "CODEC_POOLS",
     "MAX_IDENTITY_BYTES",
     "MAX_KEY_BYTES",
     "Identity",
@@ -25,6 +26,10 @@ __all__ = [
 
 MAX_IDENTITY_BYTES = 16384
 MAX_KEY_BYTES = 1024
+
+#: What the identity field `pool` says of pools of keys and values, which bear a codec. Any other
+#: pool holds state that must not change.
+CODEC_POOLS = frozenset({"kv", "swa", "auxiliary_swa", "draft", "draft_swa"})
 
 _FIELD_NAME = re.compile(r"[a-z0-9_]{1,32}")
 _LAYOUT = struct.Struct("<BBHII")

@@ -7,10 +7,12 @@ into the channel's mean. FORMAT.md 3.7.
 
 from __future__ import annotations
 
+import json
 import math
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,18 @@ import numpy.typing as npt
 
 from kvcodec.errors import ConfigError
 
-__all__ = ["INTERLEAVED", "LARGEST_FREQUENCY", "SPLIT", "Rotary", "rotary_of_config"]
+__all__ = [
+    "CONFIG_FILE",
+    "INTERLEAVED",
+    "LARGEST_FREQUENCY",
+    "SPLIT",
+    "Rotary",
+    "read_rotary",
+    "rotary_of_config",
+]
+
+#: The file in which a model's folder says how it rotates its keys.
+CONFIG_FILE = "config.json"
 
 SPLIT = 0  #: channel i pairs with i + size / 2, as in Llama and Qwen
 INTERLEAVED = 1  #: channel 2i pairs with 2i + 1, as in GPT-J and DeepSeek
@@ -135,6 +148,22 @@ class Rotary:
         cosine = np.where((turn == 1) | (turn == 2), -cosine, cosine)
         sine = np.where(turn >= 2, -sine, sine)
         return np.stack([cosine, sine], axis=-1).astype(np.float32)
+
+
+def read_rotary(path: Path) -> tuple[Rotary | None, str]:
+    """As `rotary_of_config`, from a file or the folder of a model. Raises `ConfigError` for a path
+    that is none.
+    """
+    path = path / CONFIG_FILE if path.is_dir() else path
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"rotary: {path} is no model's config ({error}); name a {CONFIG_FILE}"
+        ) from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"rotary: {path} holds a {type(config).__name__}, wanted an object")
+    return rotary_of_config(config)
 
 
 def rotary_of_config(

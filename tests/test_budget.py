@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 
 from kvcodec.budget import Ladder, Search
 from kvcodec.codec import Codec
@@ -222,6 +223,7 @@ def test_a_budget_that_cannot_be_met_is_refused(
         Writer(spec, limit, protected, minimum_bits=floor).pipeline.close()
 
 
+@examples(200)
 @given(
     sizes=st.lists(st.integers(0, 1000), min_size=74, max_size=74),
     limit=st.integers(0, 1000),
@@ -250,6 +252,7 @@ def test_search_ends_soon_with_a_page_that_fits(
         assert verdict == (sizes[72] <= 64 * limit)
 
 
+@examples(60)
 @given(
     spec=st.sampled_from(
         [

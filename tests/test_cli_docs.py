@@ -16,8 +16,8 @@ DOCUMENT = (Path(__file__).resolve().parents[1] / "docs" / "cli.md").read_text(e
 ROOT = typer.main.get_command(app)
 COMMANDS = {
     f"kvcodec {name}": ROOT.commands[name]
-    for name in ("inspect", "ls", "stat", "verify", "scrub", "rm", "gc", "copy", "doctor")
-    + ("serve", "health", "eval", "tune")
+    for name in ("inspect", "ls", "stat", "verify", "scrub", "rm", "gc", "copy", "transcode")
+    + ("doctor", "serve", "health", "eval", "tune")
 } | {
     f"kvcodec {group} {name}": ROOT.commands[group].commands[name]
     for group, name in (("bench", "codec"), ("config", "show"))

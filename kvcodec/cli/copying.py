@@ -52,16 +52,18 @@ class Copying(Findings):
         }
 
 
-def missing_from(target: Backend, source: Listing, namespace: str) -> Listing | None:
-    """The objects of `source`, which is in order of names, that the target lacks or has in another
-    size. None if the target cannot be listed.
+def missing_from(
+    target: Backend, source: Listing, namespace: str, *, of_any_size: bool = False
+) -> Listing | None:
+    """The objects of `source`, which is in order of names, that the target lacks, or has in another
+    size unless any will do. None if the target cannot be listed.
     """
     there = [False] * len(source)
     try:
         for info in listed_objects(target, namespace):
             index = source.place_of(info.name)
             if index < len(source) and source[index].name == info.name:
-                there[index] = source[index].stored_bytes == info.stored_bytes
+                there[index] = of_any_size or source[index].stored_bytes == info.stored_bytes
     except BackendError:
         return None
     return Listing.of(info for info, is_there in zip(source, there, strict=True) if not is_there)

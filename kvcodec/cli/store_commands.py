@@ -10,7 +10,7 @@ import typer
 from kvcodec.cli.listing import Sort
 from kvcodec.cli.options import AsJson, OneNamespace, StoreURL, Timeout
 
-__all__ = ["STORE_COMMANDS", "copy", "gc", "ls", "rm", "scrub", "stat"]
+__all__ = ["STORE_COMMANDS", "copy", "gc", "ls", "rm", "scrub", "stat", "transcode"]
 
 _Threads = Annotated[
     int, typer.Option("--threads", min=1, max=64, help="How many pages to move at a time.")
@@ -194,5 +194,66 @@ def copy(
     return run_copy(source, target, options, as_json=as_json)
 
 
+def transcode(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="The store to read.")],
+    target: Annotated[
+        str, typer.Argument(metavar="[DST]", help="The store to fill; SRC itself if omitted.")
+    ] = "",
+    *,
+    spec: Annotated[
+        str, typer.Option("--spec", metavar="SPEC", help="How to encode pages: preset or spec.")
+    ],
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--from", metavar="SPEC", help="Only pages encoded so; default: all but raw ones."
+        ),
+    ] = None,
+    namespace: OneNamespace = "",
+    older_than: Annotated[
+        str, typer.Option("--older-than", metavar="AGE", help="Only what is older, as in 7d.")
+    ] = "",
+    limit: Annotated[
+        int, typer.Option("--limit", min=0, help="Transcode at most so many pages; 0: all.")
+    ] = 0,
+    rotary: Annotated[
+        str,
+        typer.Option(
+            "--rotary", metavar="CONFIG", help="The model's config.json, for keys in ecq."
+        ),
+    ] = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Encode everything, write nothing.")
+    ] = False,
+    read_back: Annotated[
+        bool, typer.Option("--read-back", help="Read each page again once it is written.")
+    ] = False,
+    rate: _Rate = "",
+    threads: _Threads = 4,
+    timeout: Timeout = 10.0,
+    as_json: AsJson = False,
+) -> int:
+    """Encode stored pages with fewer bits, in place or into another store.
+
+    Exit codes as of copy.
+    """
+    from kvcodec.cli.transcoding_text import TranscodeOptions, run_transcode
+
+    options = TranscodeOptions(
+        spec=spec,
+        only=only or [],
+        namespace=namespace,
+        older_than=older_than,
+        limit=limit,
+        rotary=rotary,
+        dry_run=dry_run,
+        read_back=read_back,
+        rate=rate,
+        threads=threads,
+        timeout=timeout,
+    )
+    return run_transcode(source, target, options, as_json=as_json)
+
+
 #: In the order of the help text.
-STORE_COMMANDS: tuple[Callable[..., int], ...] = (ls, stat, rm, gc, scrub, copy)
+STORE_COMMANDS: tuple[Callable[..., int], ...] = (ls, stat, rm, gc, scrub, copy, transcode)

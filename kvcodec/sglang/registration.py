@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from kvcodec.errors import ConfigError
-from kvcodec.identity import Namespace
+from kvcodec.identity import CODEC_POOLS, Namespace
 from kvcodec.layout import DType
 from kvcodec.sglang.geometry import (
     PoolGeometry,
@@ -24,8 +24,6 @@ __all__ = ["open_pool"]
 
 logger = logging.getLogger(__name__)
 
-#: Pools of keys and values, which bear a codec. Everything else is state that must not change.
-_CODEC_POOLS = frozenset({"kv", "swa", "auxiliary_swa", "draft", "draft_swa"})
 _DRAFT_POOLS = frozenset({"draft", "draft_swa"})
 _FEW_TOKENS = 16
 #: What gives the bytes of a flat page their meaning, in the pools that have it.
@@ -90,7 +88,7 @@ def _geometry(name: str, pool: object) -> PoolGeometry | None:
             error,
         )
         return None
-    if geometry is None and name in _CODEC_POOLS:
+    if geometry is None and name in CODEC_POOLS:
         logger.warning(
             "kvcodec: pool %s (%s, layout %s) is not known and is stored raw",
             name,
@@ -103,7 +101,7 @@ def _geometry(name: str, pool: object) -> PoolGeometry | None:
 def _options_of(
     name: str, geometry: PoolGeometry | None, options: AdapterOptions
 ) -> AdapterOptions:
-    if geometry is None or name not in _CODEC_POOLS:
+    if geometry is None or name not in CODEC_POOLS:
         return options.as_raw()
     return options.without_layers() if name in _DRAFT_POOLS else options
 
@@ -131,7 +129,7 @@ def _log(name: str, pool: object, store: PageStore, options: AdapterOptions) -> 
     specs = " or ".join(repr(spec.text) for spec in options.specs)
     if not layout.dtype.is_quantizable and options.spec != CodecSpec():
         logger.info("kvcodec: pool %s holds %s, which is stored raw", name, layout.dtype.text)
-    if layout.dtype is DType.U8 and name in _CODEC_POOLS:
+    if layout.dtype is DType.U8 and name in CODEC_POOLS:
         logger.warning(
             "kvcodec: the kind of fp8 in pool %s is not known; if you ever change "
             "--kv-cache-dtype, change 'namespace' as well",

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
-from kvcodec.errors import ConfigError
-from kvcodec.rotary import Rotary, rotary_of_config
+from kvcodec.rotary import CONFIG_FILE, Rotary, read_rotary
 from kvcodec.sglang.options import AdapterOptions
 
 __all__ = ["find_rotary"]
 
 logger = logging.getLogger(__name__)
-
-_FILE = "config.json"
 
 
 def find_rotary(options: AdapterOptions, model_name: str) -> Rotary | None:
@@ -34,16 +30,7 @@ def find_rotary(options: AdapterOptions, model_name: str) -> Rotary | None:
             model_name,
         )
         return None
-    path = path / _FILE if path.is_dir() else path
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"rotary: {path} is no model's config ({error}); name a config.json, 'auto' or 'off'"
-        ) from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"rotary: {path} holds a {type(config).__name__}, wanted an object")
-    rotary, reason = rotary_of_config(config)
+    rotary, reason = read_rotary(path)
     if rotary is None:
         logger.warning("kvcodec: keys keep their rotation: %s", reason)
     return rotary
@@ -52,7 +39,7 @@ def find_rotary(options: AdapterOptions, model_name: str) -> Rotary | None:
 def _config_of(model_name: str) -> Path | None:
     """Where the config of a model lies: in its folder, or in the cache of Hugging Face's hub."""
     folder = Path(model_name)
-    if model_name and (folder / _FILE).is_file():
+    if model_name and (folder / CONFIG_FILE).is_file():
         return folder
     try:
         from huggingface_hub import try_to_load_from_cache
@@ -60,7 +47,7 @@ def _config_of(model_name: str) -> Path | None:
     except ImportError:
         return None
     try:
-        found = try_to_load_from_cache(model_name, _FILE)
+        found = try_to_load_from_cache(model_name, CONFIG_FILE)
     except HFValidationError:
         return None
     return Path(found) if isinstance(found, str) else None
