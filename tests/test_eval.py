@@ -20,7 +20,7 @@ from kvcodec.eval.metrics import Estimate  # noqa: E402
 from kvcodec.eval.model import CachedModel  # noqa: E402
 from kvcodec.eval.pages import SpecCodec  # noqa: E402
 from kvcodec.eval.protocol import CacheCodec, PageCodec, RoundTrip, round_trip  # noqa: E402
-from kvcodec.eval.runner import Mode, Options, measure, windows_of  # noqa: E402
+from kvcodec.eval.runner import Mode, Options, Window, measure, windows_of  # noqa: E402
 from kvcodec.identity import Identity, Namespace  # noqa: E402
 from kvcodec.layout import DType, PageLayout  # noqa: E402
 from kvcodec.plan import PagePlan  # noqa: E402
@@ -162,6 +162,39 @@ def test_attention_is_that_of_transformers(model, tokens):
         wanted = torch.log_softmax(model()(ids[None]).logits[0, -41:-1], -1)
     found = CachedModel(model(), None).logits(ids, 40)
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("family", ["Qwen3", "Qwen2", "Llama"])
+def test_layers_before_the_first_difference_need_not_run(family, mode, tokens, codec, monkeypatch):
+    """Predictions are the same to the last bit, and fewer layers attend."""
+    model = CachedModel(tiny(family))
+    options = Options(context=96, score=30, page_size=32, mode=mode)
+    [ids] = windows_of(tokens[:96], None, options).ids
+    window = Window(model, ids, options, replays=True)
+    coded = window.code(SpecCodec("kv2", codec))
+    keys = [window.cache.keys[0], coded.keys[1]]
+    runs = []
+    whole = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *a, **k: (runs.append(1), whole(*a, **k))[1],
+    )
+    found = window.predict(keys, window.cache.values, 1)
+    assert len(runs) == LAYERS - 1
+    assert torch.equal(found, window.predict(keys, window.cache.values))
+    assert not torch.equal(found, window.exact)
+    assert torch.equal(Window(model, ids, options).predict(keys, window.cache.values, 1), found)
+
+
+def test_layers_that_cannot_be_told_apart_all_run(tokens):
+    """The count of layers in the config is not that of any list of modules."""
+    model = CachedModel(tiny())
+    [ids] = windows_of(tokens[:96], None, OPTIONS).ids
+    model.model.model.layers = torch.nn.ModuleList([*model.model.model.layers, torch.nn.Identity()])
+    window = Window(model, ids, OPTIONS, replays=True)
+    assert torch.equal(window.predict(window.cache.keys, window.cache.values, 1), window.exact)
 
 
 def test_model_with_a_compressed_cache_is_refused():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from transformers import (
 
 from kvcodec.errors import ConfigError
 
-__all__ = ["Cache", "CachedModel", "attend", "load_model", "tokens_of"]
+__all__ = ["Cache", "CachedModel", "Replay", "attend", "load_model", "tokens_of"]
 
 _ATTENTION = "kvcodec_eval"
 #: Arguments of attention that change its result and that this one would leave out.
@@ -47,6 +47,7 @@ class _Pass:
     end: int = 0  # keys and values of positions before this one are given
     keys: Sequence[Tensor] = ()
     values: Sequence[Tensor] = ()
+    first_layer: int = 0  # the first that runs
 
 
 _RUNNING: ContextVar[_Pass] = ContextVar("_RUNNING")
@@ -88,7 +89,7 @@ def _attention(
         if more.get(name) is not None:
             raise ConfigError(f"attention with {name!r} cannot be measured")
     run = _RUNNING.get()
-    layer = len(run.record.keys)
+    layer = run.first_layer + len(run.record.keys)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if run.dtype is not None:
         key, value = key.to(run.dtype), value.to(run.dtype)
@@ -109,6 +110,60 @@ def _attention(
 
 
 AttentionInterface.register(_ATTENTION, _attention)
+
+
+class Replay:
+    """What the layers of a model gave in one run, to be given again by the first of them in others.
+
+    Where a run differs from another one in the cache of some layer only, everything before that
+    layer is the same.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        count = model.config.num_hidden_layers
+        lists = (each for each in model.modules() if isinstance(each, nn.ModuleList))
+        self._layers = next((each for each in lists if len(each) == count), nn.ModuleList())
+        self._outputs: list[object] = []
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep what the layers give. Where they are not found, or one is not one attention, nothing
+        is kept, and every run is a whole one.
+        """
+        attentions: list[int] = []
+
+        def keep(_module: nn.Module, _inputs: object, output: object) -> None:
+            self._outputs.append(output)
+            attentions.append(len(_RUNNING.get().record.keys))
+
+        hooks = [layer.register_forward_hook(keep) for layer in self._layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if attentions != list(range(1, len(self._layers) + 1)):
+            self._outputs = []
+
+    @contextmanager
+    def playing(self, layer: int) -> Iterator[int]:
+        """Within, the layers before `layer` give what was kept; how many of them do."""
+        outputs = self._outputs[:layer]
+        played = list(zip(self._layers, outputs, strict=False))
+        for module, output in played:
+            module.forward = _constant(output)
+        try:
+            yield len(played)
+        finally:
+            for module, _ in played:
+                del module.forward
+
+
+def _constant(output: object) -> Callable[..., object]:
+    def forward(*_arguments: object, **_more: object) -> object:
+        return output
+
+    return forward
 
 
 class CachedModel:
@@ -154,13 +209,15 @@ class CachedModel:
         end: int = 0,
         keys: Sequence[Tensor] = (),
         values: Sequence[Tensor] = (),
+        first_layer: int = 0,
     ) -> Tensor:
         """Log-probabilities (count, vocabulary) for the last `count` tokens of `ids`, float32.
 
         Tokens from `start` on run; attention reads the given `keys` and `values` (per layer: heads,
-        tokens, head_size) for the positions before `end`, and what is computed after it.
+        tokens, head_size) for the positions before `end`, and what is computed after it. Layers
+        before `first_layer` do not run (see `Replay`).
         """
-        run = _Pass(self.cache_dtype, Cache(), start, end, keys, values)
+        run = _Pass(self.cache_dtype, Cache(), start, end, keys, values, first_layer)
         logits = self._run(ids, run, count + 1)
         return torch.log_softmax(logits[:-1].float(), -1)
 

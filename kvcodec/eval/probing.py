@@ -110,7 +110,7 @@ class Runs:
             for spec in specs:
                 names = [f"probe {start} {section} {spec.text}" for section in range(sections)]
                 if names[-1] not in self._journal:
-                    window = window or Window(self._model, ids, self._options)
+                    window = window or Window(self._model, ids, self._options, replays=True)
                     self._sections(window, spec, start, names, step)
                 else:
                     for name in names:
@@ -136,7 +136,7 @@ class Runs:
                     values[layer] = coded.values[layer]
                 else:
                     keys[layer] = coded.keys[layer]
-                loss = divergence(window.exact, window.predict(keys, values))
+                loss = divergence(window.exact, window.predict(keys, values, layer))
                 self._journal.put(name, loss)
             step(name)
 

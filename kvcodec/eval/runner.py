@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from kvcodec.errors import ConfigError
 from kvcodec.eval.metrics import LayerTally, Probe, Tally, loss_of
-from kvcodec.eval.model import Cache, CachedModel
+from kvcodec.eval.model import Cache, CachedModel, Replay
 from kvcodec.eval.protocol import AnyCodec, round_trip
 
 __all__ = [
@@ -171,10 +172,13 @@ class Coded:
 class Window:
     """One window: its exact cache, and the model's predictions from it.
 
-    `exact`: log-probabilities (scored tokens, vocabulary) without a codec.
+    `exact`: log-probabilities (scored tokens, vocabulary) without a codec. With `replays`, what the
+    layers gave for them is kept, for predictions that differ in the cache of few layers.
     """
 
-    def __init__(self, model: CachedModel, ids: Tensor, options: Options) -> None:
+    def __init__(
+        self, model: CachedModel, ids: Tensor, options: Options, *, replays: bool = False
+    ) -> None:
         self._model, self._options = model, options
         self._ids = ids.to(model.model.device)
         self.targets = self._ids[-options.scored_tokens :]
@@ -183,16 +187,21 @@ class Window:
         self._start = self._end if options.mode is Mode.PREFIX_REUSE else 0
         self.cache: Cache = model.record(self._ids)
         # Through the same path as with a codec, so that a codec without loss changes no bit.
-        self.exact = self.predict(self.cache.keys, self.cache.values)
+        self._replay = Replay(model.model)
+        with self._replay.recording() if replays else nullcontext():
+            self.exact = self.predict(self.cache.keys, self.cache.values)
         self.loss = loss_of(self.exact, self.targets)
         self._probe: Probe | None = None
 
-    def predict(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+    def predict(
+        self, keys: Sequence[Tensor], values: Sequence[Tensor], exact_layers: int = 0
+    ) -> Tensor:
         """Log-probabilities (scored tokens, vocabulary) when attention reads these, per layer
-        (heads, tokens, head_size).
+        (heads, tokens, head_size). Those of the first `exact_layers` are the exact ones.
         """
         count = self._options.scored_tokens
-        return self._model.logits(self._ids, count, self._start, self._end, keys, values)
+        with self._replay.playing(exact_layers) as first:
+            return self._model.logits(self._ids, count, self._start, self._end, keys, values, first)
 
     def code(self, codec: AnyCodec) -> Coded:
         """Code the pages of the window."""
