@@ -20,7 +20,10 @@ from kvcodec.rotary import INTERLEAVED
 
 __all__ = ["Codec", "Encoded", "encoded_size"]
 
-_FOREIGN_PLANS = 64
+#: Plans of pages that were encoded otherwise than expected: so many are remembered for each of so
+#: many namespaces.
+_FOREIGN_PLANS = 8
+_FOREIGN_NAMESPACES = 64
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -128,7 +131,7 @@ class Codec:
         if not 1 <= threads <= 64:
             raise ConfigError(f"codec_threads is {threads}, allowed is 1 to 64")
         self._pool = native.Pool(threads)
-        self._foreign: dict[bytes, PagePlan] = {}
+        self._foreign: dict[tuple[bytes, int], tuple[PagePlan, ...]] = {}
 
     def encode_into(
         self, plan: PagePlan, keys: Sequence[bytes], views: PageViews, targets: Sequence[Bytes]
@@ -165,18 +168,25 @@ class Codec:
         """Verify `pages` (uint8 arrays) and decode them into `views`; None where a page is there,
         else why not.
 
-        `plan` is the one these pages most likely have; a page encoded otherwise is read by its own
-        header. The memory of a refused page may have been written in part. No write happens after
-        the return.
+        `plan` is the one these pages most likely have; others that pages of this namespace had
+        before are tried after it. A page encoded in yet another way is read by its own header,
+        which takes longer. The memory of a refused page may have been written in part. No write
+        happens after the return.
         """
         _check_batch(plan, keys, pages, views)
         if not views.writable:
             raise ConfigError("the views are of read-only memory, into which nothing is decoded")
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-        if any((codec.nominal_bits or minimum_bits) < minimum_bits for codec in plan.codecs):
-            results: list[PageError | None] = [_FOREIGN] * len(keys)
-        else:
-            results = self._decode(plan, range(len(keys)), keys, pages, views, deadline)
+        results: list[PageError | None] = [_FOREIGN] * len(keys)
+        room = (namespace.digest, plan.key_bytes)
+        for likely in (plan, *self._foreign.get(room, ())):
+            todo = [index for index, result in enumerate(results) if result is _FOREIGN]
+            if not todo:
+                return results
+            if _has_bits(likely, minimum_bits):
+                decoded = self._decode(likely, todo, keys, pages, views, deadline)
+                for index, result in zip(todo, decoded, strict=True):
+                    results[index] = result
         foreign: dict[int, tuple[PagePlan, list[int]]] = {}
         for index, result in enumerate(results):
             if result is not _FOREIGN:
@@ -184,7 +194,7 @@ class Codec:
             try:
                 page = EncodedPage.parse(pages[index].data)
                 page.header.expect(namespace, keys[index].decode(), minimum_bits=minimum_bits)
-                own = self._foreign_plan(page)
+                own = self._foreign_plan(room, page)
             except PageError as error:
                 results[index] = error
             else:
@@ -195,11 +205,19 @@ class Codec:
                 results[index] = result
         return results
 
-    def _foreign_plan(self, page: EncodedPage) -> PagePlan:
+    def _foreign_plan(self, room: tuple[bytes, int], page: EncodedPage) -> PagePlan:
+        """The plan of a page, remembered for the pages after it. Only one that stood the comparison
+        with what is expected in this room may come here.
+        """
         plan = PagePlan.of_page(page.header, page.data)
-        if len(self._foreign) >= _FOREIGN_PLANS:
+        known = self._foreign.get(room, ())
+        for other in known:
+            if other.header == plan.header:
+                return other
+        if len(self._foreign) >= _FOREIGN_NAMESPACES and room not in self._foreign:
             self._foreign = {}
-        return self._foreign.setdefault(plan.header, plan)
+        self._foreign[room] = (plan, *known)[:_FOREIGN_PLANS]
+        return plan
 
     def _decode(
         self,
@@ -247,6 +265,12 @@ class Codec:
     def close(self) -> None:
         """End the threads; further batches raise `NativeError`."""
         self._pool.close()
+
+
+def _has_bits(plan: PagePlan, minimum_bits: int) -> bool:
+    if not minimum_bits:
+        return True
+    return all((codec.nominal_bits or minimum_bits) >= minimum_bits for codec in plan.codecs)
 
 
 #: Stands for "not encoded under the expected plan"; never leaves this module.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ from kvcodec.budget import Ladder, Search
 from kvcodec.codec import Codec
 from kvcodec.encoding import PageEncoder
 from kvcodec.errors import ConfigError
+from kvcodec.extension import Extension
 from kvcodec.format import EncodedPage
 from kvcodec.identity import Identity, Namespace
 from kvcodec.layout import DType, PageLayout, PageViews
 from kvcodec.plan import PagePlan
+from kvcodec.profile import PROFILE_EXTENSION, ProfileReference
 from kvcodec.rotary import SPLIT, Rotary
 from kvcodec.section import Kind
 from kvcodec.spec import CodecSpec
@@ -64,7 +67,9 @@ def codec() -> Iterator[Codec]:
 class Writer:
     """A store over a dict, and what lies in it."""
 
-    def __init__(self, spec: str, limit: int, protected: str = "", **options: int) -> None:
+    def __init__(
+        self, spec: str | CodecSpec, limit: int, protected: str = "", **options: int
+    ) -> None:
         self.backend = FakeBackend()
         self.pipeline = Pipeline(
             self.backend, StoreOptions(max_page_bytes=limit, breaker_failures=0, **options)
@@ -73,7 +78,7 @@ class Writer:
             self.store = PageStore(
                 self.pipeline,
                 NAMESPACE,
-                CodecSpec.parse(spec),
+                CodecSpec.parse(spec) if isinstance(spec, str) else spec,
                 protected_spec=CodecSpec.parse(protected) if protected else None,
                 rotary=ROTARY,
             )
@@ -135,6 +140,18 @@ def test_layers_keys_and_values_keep_their_distance() -> None:
         for old, new in zip(before, after, strict=True):
             assert (old.kind, old.axis, old.group_size) == (new.kind, new.axis, new.group_size)
             assert (old.kind is Kind.ECQ) == (old.bits != new.bits)
+
+
+def test_pages_with_fewer_bits_still_name_their_profile() -> None:
+    profile = ProfileReference(
+        digest=bytes(range(32)), layers=3, kv_heads=2, key_head_size=64, value_head_size=64
+    )
+    spec = replace(CodecSpec.parse("ecq-4"), profile=profile)
+    with Writer(spec, 3 * BIT_BYTES) as writer:
+        assert all(writer.store.backup(keys_of(2), views_of(normal_pages(2))))
+        for page in writer.pages:
+            assert max(bits_of(page)) < 64
+            assert Extension(PROFILE_EXTENSION, profile.digest) in page.header.extensions
 
 
 def test_pages_that_fit_keep_all_their_bits() -> None:

@@ -12,7 +12,13 @@ import pytest
 from pages import CASES, IDENTITY, Case, decode_page, mha, raw_bytes, rows_of_raw
 
 from kvcodec.codec import Codec, encoded_size
-from kvcodec.errors import ConfigError, MismatchedPage, NativeError, QualityBelowMinimum
+from kvcodec.errors import (
+    ConfigError,
+    CorruptPage,
+    MismatchedPage,
+    NativeError,
+    QualityBelowMinimum,
+)
 from kvcodec.format import EncodedPage, Extension
 from kvcodec.identity import Namespace
 from kvcodec.layout import PageViews
@@ -92,6 +98,40 @@ def test_page_of_another_codec_is_read_by_its_own_header(codec: Codec, spec: str
     for index, page in enumerate(mixed):
         found = raw_bytes(CASE.layout, [array[index] for array in arrays])
         assert found == decode_page(EncodedPage.parse(page))
+
+
+def test_header_of_a_kind_of_page_is_parsed_once(monkeypatch: pytest.MonkeyPatch):
+    """Later pages encoded so are compared with what the first one said. That holds for pages of
+    this namespace alone, and what was let pass for few bits is asked again for more.
+    """
+    codec, parsed = Codec(threads=2), []
+
+    class Watched(EncodedPage):
+        @classmethod
+        def parse(cls, data: bytes | bytearray | memoryview) -> EncodedPage:
+            parsed.append(len(data))
+            return EncodedPage.parse(data)
+
+    monkeypatch.setattr("kvcodec.codec.EncodedPage", Watched)
+    kinds = [encoded(codec, with_spec(spec)) for spec in ("kv2-channel", "kv8", "raw")]
+    mixed = [kind[index] for index, kind in enumerate(kinds)]
+    for _ in range(2):
+        views, arrays = blank_views(3)
+        assert codec.decode_into(CASE.namespace, PLAN, KEYS, mixed, views) == [None] * 3
+        for index, page in enumerate(mixed):
+            found = raw_bytes(CASE.layout, [array[index] for array in arrays])
+            assert found == decode_page(EncodedPage.parse(page))
+    assert len(parsed) == len(mixed)
+    damaged = mixed[1].copy()
+    damaged[-1] ^= 1
+    [error] = codec.decode_into(CASE.namespace, PLAN, KEYS[1:2], [damaged], views.select([1]))
+    assert isinstance(error, CorruptPage) and len(parsed) == len(mixed)
+    other = Namespace(replace(IDENTITY, fields=(("model", "other"),)), CASE.layout)
+    errors = codec.decode_into(other, PagePlan.build(other, CASE.codecs, 6), KEYS, mixed, views)
+    assert all(isinstance(error, MismatchedPage) for error in errors)
+    errors = codec.decode_into(CASE.namespace, PLAN, KEYS, mixed, views, minimum_bits=8)
+    assert [type(error) for error in errors] == [QualityBelowMinimum, type(None), type(None)]
+    codec.close()
 
 
 def test_page_of_another_namespace_is_refused(codec: Codec):

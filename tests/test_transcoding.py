@@ -30,7 +30,17 @@ from kvcodec.transcoding import Outcome, Transcoder
 
 ROTARY = Rotary(64, SPLIT, tuple(float(np.float32(10.0 ** (-i / 8))) for i in range(32)))
 LAYOUT = PageLayout.mha(dtype=DType.BF16, token_count=16, layer_count=2, head_count=2, head_size=64)
-CODECS = ["raw", "lossless", "lossless-fast", "int8-g64", "int4-asym-g32", "int2", "ecq-4", "ecq-2"]
+CODECS = [
+    "raw",
+    "fp8",
+    "lossless",
+    "lossless-fast",
+    "int8-g64",
+    "int4-asym-g32",
+    "int2",
+    "ecq-4",
+    "ecq-2",
+]
 KEYS = [*CODECS, "int4-channel-g16", "ecq-3-channel", "lossless-channel"]
 
 
@@ -130,6 +140,9 @@ def test_each_section_is_its_old_self_or_an_encoding_of_it(
         ("kv8", "k8v4", Outcome.SMALLER),
         ("kv4", "kv4", Outcome.ALREADY),
         ("kv4", "kv8", Outcome.FEWER_BITS),
+        ("kv8", "fp8", Outcome.FEWER_BITS),
+        ("fp8", "kv8", Outcome.FEWER_BITS),
+        ("fp8", "kv4", Outcome.SMALLER),
         ("kv4", "ecq-4", Outcome.FEWER_BITS),
         ("kv4", "lossless", Outcome.FEWER_BITS),
         ("ecq-3", "kv4", Outcome.FEWER_BITS),
