@@ -24,10 +24,11 @@ PYTHON_ENV := $(VENV)/stamp-python
 INSTALLED := $(VENV)/stamp-installed
 SGLANG := $(VENV)/stamp-sglang
 STORES := $(VENV)/stamp-stores
+PEERS := $(VENV)/stamp-peers
 
 .PHONY: help setup sglang stores demo demo-sidecar test check lint types pytest native-test neon-test fuzz-long \
   bench bench-auto bench-controller bench-disk bench-store bench-network bench-sidecar soak-sidecar flood-sidecar fault-runs \
-  container container-test compose-test quality dist clean distclean
+  container container-test compose-test quality peers dist clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -152,6 +153,13 @@ quality: $(INSTALLED)  ## error against size of every preset, on synthetic KV
 	$(BIN)/python tools/codec_quality.py --json docs/measurements/codec-quality.json \
 	  --plot docs/images/codec-quality.svg
 
+peers: $(PEERS)  ## presets beside other codecs, quality and speed: fifteen minutes, quiet machine
+	mkdir -p docs/measurements docs/images
+	$(PIP_INSTALL) --no-warn-conflicts matplotlib
+	PYTHONPATH=tools OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m peers --packages $(VENV)/peers \
+	  --json docs/measurements/peers.json --pictures docs/images \
+	  --page docs/quality.md --page docs/peers.md
+
 dist: $(INSTALLED)  ## sdist and wheel in dist/
 	$(BIN)/python -m build --no-isolation
 
@@ -184,6 +192,15 @@ $(INSTALLED): $(PYTHON_ENV) pyproject.toml constraints-dev.txt $(NATIVE)
 # The script keeps its own pins. They need not be tried again because a C++ file changed: order only.
 $(SGLANG): $(SGLANG_ENV) | $(INSTALLED)
 	tools/install_sglang.sh $(BIN)/python
+	touch $@
+
+# In a folder of their own, and without what they would bring along. Quanto compiles itself when it
+# is first used, with a Ninja that it looks for on the PATH.
+$(PEERS): tools/peers/requirements.txt | $(SGLANG)
+	rm -rf $(VENV)/peers
+	$(PIP_INSTALL) --no-deps --target $(VENV)/peers --requirement tools/peers/requirements.txt
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=tools $(BIN)/python -W ignore -m peers --list \
+	  --packages $(VENV)/peers
 	touch $@
 
 $(STORES): tools/install_stores.sh $(wildcard tools/stores/*.sh) | $(SGLANG)

@@ -1,0 +1,60 @@
+"""At how many bits ecq does what another codec does: between two measured points of its curve."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+#: The peer that the goal names, and the goal: the same error of the attention's output in so many
+#: bits.
+REFERENCE, GOAL_BITS = "KIVI 4 bit g64", 3.7
+
+_ECQ = re.compile(r"ecq-[\d.]+")
+
+Row = Mapping[str, Any]
+
+
+def is_ecq(codec: str) -> bool:
+    """Whether a codec is a point of the curve: ecq at one rate for keys and values."""
+    return _ECQ.fullmatch(codec) is not None
+
+
+def bits_at(curve: Sequence[tuple[float, float]], error: float) -> float | None:
+    """Bits at which a curve of (bits, error) reaches an error, the logarithm of the error straight
+    between two points; None outside of them.
+    """
+    points = sorted(curve)
+    for (bits, high), (more, low) in pairwise(points):
+        if low <= error <= high:
+            share = math.log(high / error) / math.log(high / low) if high > low else 0.0
+            return bits + share * (more - bits)
+    return None
+
+
+def equal_bits(rows: Sequence[Row], codec: str, metric: str) -> float | None:
+    """Bits of ecq at the error that `codec` has, in the rows of one cache."""
+    curve = [(row["bits_per_value"], row[metric]) for row in rows if is_ecq(row["codec"])]
+    errors = [row[metric] for row in rows if row["codec"] == codec]
+    return bits_at(curve, errors[0]) if errors and errors[0] > 0 else None
+
+
+def statement(caches: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
+    """What the goal asks: bits of ecq at the reference's error, for every cache."""
+    found = {name: equal_bits(rows, REFERENCE, "output_error") for name, rows in caches.items()}
+    bits = [
+        row["bits_per_value"]
+        for rows in caches.values()
+        for row in rows
+        if row["codec"] == REFERENCE
+    ]
+    reached = all(value is not None and value <= GOAL_BITS for value in found.values())
+    return {
+        "reference": REFERENCE,
+        "reference_bits": max(bits),
+        "goal_bits": GOAL_BITS,
+        "ecq_bits": found,
+        "is_reached": reached,
+    }
