@@ -63,6 +63,7 @@ KINDS = {
     ),
     # Streams that begin and never go on.
     "silent_put": Kind(_SERVICE + "PutStream", None),
+    "silent_get": Kind(_SERVICE + "GetStream", None),
     "silent_call": Kind(_SERVICE + "Exists", None),
     "silent_health": Kind("/grpc.health.v1.Health/Check", None),
     # The beginning of a message of a GiB.

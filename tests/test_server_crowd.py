@@ -38,7 +38,7 @@ class Host:
         server_options = ServerOptions(**options)  # type: ignore[arg-type]
         self.store = FakeBackend()
         self.refused = 0
-        self.pages = PageServer(self.store, server_options)
+        self.pages = PageServer(self.store, server_options, crowded=self._crowded)
         self.server = new_grpc_server(server_options, interceptors, self._crowded)
         self.pages.add_to(self.server)
         self.port = self.server.add_insecure_port("127.0.0.1:0")
@@ -158,7 +158,7 @@ class TestPlaces:
 # Calls that hold their places
 
 
-@pytest.mark.parametrize("kind", ["silent_call", "silent_put", "unread_get"])
+@pytest.mark.parametrize("kind", ["silent_call", "silent_put", "silent_get", "unread_get"])
 def test_calls_that_never_go_on_hold_nobody_up(kind):
     """As many as there are places, on several connections; gRPC alone would wait for them all."""
     with Host(grpc_threads=16, max_streams=6) as host:
@@ -199,6 +199,28 @@ def test_refused_calls_are_told_of():
         seen = sum((link.seen for link in floods), http2_flood.Counter())
         assert sum(seen.values()) == 5
         assert host.refused == seen["RESOURCE_EXHAUSTED"] > 0
+
+
+@pytest.mark.parametrize("kind", ["silent_get", "silent_put"])
+def test_a_stream_is_refused_before_it_has_said_what_it_wants(kind):
+    """Who refuses it later has read and understood a request first: thousands of times a second."""
+    with Host(max_streams=2) as host:
+        (link,) = links(host.port, kind, 5)
+        assert len(link.open) == 2
+        assert link.seen == {"RESOURCE_EXHAUSTED": 3}
+        assert host.refused == 3
+        stats = host.pages.stats()
+        assert stats["staging_bytes"] == 0
+
+
+def test_streams_have_no_threads_of_their_own_to_end_them():
+    with Host(max_streams=8) as host:
+        host.store.objects[NAME] = os.urandom(1 << 20)
+        before = {thread.name for thread in threading.enumerate()}
+        (link,) = links(host.port, "unread_get", 8)
+        assert len(link.open) == 8
+        names = {thread.name for thread in threading.enumerate()} - before
+        assert not [name for name in names if not name.startswith(("kvcodec-grpc", "kvcodec-io"))]
 
 
 def test_a_call_without_a_token_is_not_waited_for():
@@ -336,6 +358,18 @@ def test_only_who_waits_while_the_process_grows_is_ended(monkeypatch, waited, gr
     going_on.set()
     reader.join()
     assert not receiving.waiting
+
+
+def test_a_call_is_ended_when_its_deadline_has_passed_and_not_before():
+    deadlines, left = _receiving.Deadlines(), threading.Event()
+    with deadlines.until(time.monotonic() + 60, left.set):
+        deadlines.end_those_that_are_late()
+        assert not left.is_set()
+    with deadlines.until(time.monotonic() - 1, left.set):
+        assert left.wait(10)  # the thread that looks at them all has come by
+    left.clear()
+    deadlines.end_those_that_are_late()
+    assert not left.is_set()
 
 
 # Connections that say nothing

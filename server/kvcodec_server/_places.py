@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import grpc
@@ -16,7 +17,7 @@ import grpc
 from kvcodec.errors import BackendError
 from kvcodec_server._receiving import Receiving
 
-__all__ = ["Admission", "Crowded", "Place", "Places"]
+__all__ = ["Admission", "Crowded", "Place", "Places", "Room", "only"]
 
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
@@ -93,6 +94,37 @@ class Places:
             del self._hosts[place.host]
 
 
+class Room:
+    """Places for the calls of one kind, of which there are `limit` at the moment.
+
+    Who gets none is told by which `option`; `refused` hears of it.
+    """
+
+    def __init__(
+        self, kind: str, option: str, limit: Callable[[], int], refused: Callable[[], object]
+    ) -> None:
+        self._kind = kind
+        self._option = option
+        self._limit = limit
+        self._refused = refused
+        self._places = Places()
+
+    @contextmanager
+    def place(self, context: grpc.ServicerContext) -> Iterator[None]:
+        """A place for this call, as long as the body; the call is aborted if there is none."""
+        try:
+            place = self._places.take(self._limit(), context.peer(), context.cancel)
+        except Crowded as error:
+            self._refused()
+            reason = f"{self._kind}: {error} ({self._option})"
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+            raise AssertionError("abort raises") from error
+        try:
+            yield
+        finally:
+            self._places.free(place)
+
+
 class Admission(grpc.ServerInterceptor):
     """Lets `limit` calls in at a time, of any service, each before it has said what it wants.
 
@@ -102,9 +134,7 @@ class Admission(grpc.ServerInterceptor):
     """
 
     def __init__(self, limit: int, refused: Callable[[], object]) -> None:
-        self._limit = limit
-        self._refused = refused
-        self._places = Places()
+        self._room = Room("calls", "grpc_threads", lambda: limit, refused)
         self._receiving = Receiving()
 
     def intercept_service(
@@ -128,38 +158,28 @@ class Admission(grpc.ServerInterceptor):
 
     def _whole(self, serve: Callable[..., Any], read: Callable[..., Any]) -> Callable[..., Any]:
         def respond(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:  # noqa: ANN401
-            place = self._enter(context)
-            try:
+            with self._room.place(context):
                 return serve(read(requests, context), context)
-            finally:
-                self._places.free(place)
 
         return respond
 
     def _parts(self, serve: Callable[..., Any], read: Callable[..., Any]) -> Callable[..., Any]:
         def respond(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
-            place = self._enter(context)
-            try:
+            with self._room.place(context):
                 yield from serve(read(requests, context), context)
-            finally:
-                self._places.free(place)
 
         return respond
-
-    def _enter(self, context: grpc.ServicerContext) -> Place:
-        try:
-            return self._places.take(self._limit, context.peer(), context.cancel)
-        except Crowded as error:
-            self._refused()
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"calls: {error} (grpc_threads)")
-            raise AssertionError("abort raises") from error
 
     def _each(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
         return self._receiving.each(requests, context.cancel)
 
     def _only(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Any:  # noqa: ANN401
-        """The request of a call that has one."""
-        for request in self._receiving.each(requests, context.cancel):
-            return request
-        context.abort(grpc.StatusCode.UNIMPLEMENTED, "this call has one request, and none came")
-        raise AssertionError("abort raises")
+        return only(self._each(requests, context), context)
+
+
+def only(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:  # noqa: ANN401
+    """The request of a call that has one."""
+    for request in requests:
+        return request
+    context.abort(grpc.StatusCode.UNIMPLEMENTED, "this call has one request, and none came")
+    raise AssertionError("abort raises")

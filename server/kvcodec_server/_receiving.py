@@ -1,7 +1,9 @@
-"""Messages on their way in: gRPC refuses one that is too long when it has all of it.
+"""Calls that wait for who does not come: ended by one thread that looks at them all.
 
-Until then it is in this process' memory, however long it is, and nobody is told. So who looks is
-this module: a call that waits long for one message, while the process grows, is ended.
+gRPC refuses a message that is too long when it has all of it. Until then it is in this process'
+memory, however long it is, and nobody is told: so a call that waits long for one message, while the
+process grows, is ended. And sending to a reader that does not read waits for it, whatever the time:
+so a call whose time is up is ended, too.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Receiving"]
+__all__ = ["Deadlines", "Receiving"]
 
 _TICK_SECONDS = 0.2
 # The longest message that is allowed is here in less, but on the slowest networks.
@@ -55,18 +58,43 @@ class Receiving:
                 leave()
 
 
+class Deadlines:
+    """The calls of one server that may not last for ever. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._ends: dict[object, tuple[float, Callable[[], object]]] = {}
+        _watcher.watch(self)
+
+    @contextmanager
+    def until(self, deadline: float, leave: Callable[[], object]) -> Iterator[None]:
+        """The body is part of a call that `leave` ends soon after the deadline."""
+        key = object()
+        self._ends[key] = deadline, leave
+        try:
+            yield
+        finally:
+            del self._ends[key]
+
+    def end_those_that_are_late(self) -> None:
+        """End every call whose deadline has passed."""
+        now = time.monotonic()
+        for deadline, leave in list(self._ends.values()):
+            if now > deadline:
+                leave()
+
+
 class _Watcher:
     """One thread for all servers of a process; it starts with the first."""
 
     def __init__(self) -> None:
         self.own_bytes = 0
-        self._all: weakref.WeakSet[Receiving] = weakref.WeakSet()
+        self._all: weakref.WeakSet[Receiving | Deadlines] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._pid = 0
 
-    def watch(self, receiving: Receiving) -> None:
+    def watch(self, calls: Receiving | Deadlines) -> None:
         with self._lock:
-            self._all.add(receiving)
+            self._all.add(calls)
             if self._pid == os.getpid():
                 return
             self._pid, self.own_bytes = os.getpid(), _own_bytes()
@@ -77,9 +105,12 @@ class _Watcher:
             time.sleep(_TICK_SECONDS)
             self.own_bytes = _own_bytes()
             with self._lock:
-                servers = list(self._all)
-            for receiving in servers:
-                receiving.end_those_that_swell(self.own_bytes)
+                watched = list(self._all)
+            for calls in watched:
+                if isinstance(calls, Deadlines):
+                    calls.end_those_that_are_late()
+                else:
+                    calls.end_those_that_swell(self.own_bytes)
 
 
 def _own_bytes() -> int:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import grpc
@@ -24,7 +24,7 @@ from kvcodec.workers import IOThreads
 from kvcodec_proto.v1 import service_pb2 as pb
 from kvcodec_proto.v1 import service_pb2_grpc
 from kvcodec_server._listing import Listing
-from kvcodec_server._places import Crowded, Places
+from kvcodec_server._receiving import Deadlines
 from kvcodec_server._region_wire import TOKEN_METADATA
 from kvcodec_server._steps import step_of
 from kvcodec_server.metadata import metadata_of
@@ -65,7 +65,7 @@ class Servicer(service_pb2_grpc.PageServiceServicer):
         self.under_way: Counter[str] = Counter()
         self.changed = threading.Condition()
         self.draining = False
-        self._streams = Places()
+        self._deadlines = Deadlines()
         self._store = store
         self._observe = observe
         self.listing = IOThreads(_LIST_THREADS, limit=_LIST_THREADS)
@@ -236,47 +236,30 @@ class Servicer(service_pb2_grpc.PageServiceServicer):
         started = time.monotonic()
         seconds = min(context.time_remaining(), patience * self.options.max_call_seconds)
         call = _Call(seconds, self._session(context))
-        # Sending to a reader that does not read waits for it, whatever the time.
-        watchdog = threading.Timer(call.seconds, context.cancel) if stream else None
+        ended = self._deadlines.until(call.deadline, context.cancel) if stream else nullcontext()
         try:
-            with self._slot(context, stream=stream):
-                if watchdog is not None:
-                    watchdog.daemon = True
-                    watchdog.start()
+            with self._slot(stream=stream), ended:
                 yield call
         except KVCodecError as error:
             call.label = worst_label([outcome_of(error)])
             code, trailers = code_of(error)
-            if isinstance(error, Crowded):
-                code = grpc.StatusCode.RESOURCE_EXHAUSTED
             context.set_trailing_metadata(trailers)
             context.abort(code, str(error)[:_MAX_DETAIL])
         finally:
-            if watchdog is not None:
-                watchdog.cancel()
             seconds = time.monotonic() - started
             self._observe(operation, call.label, seconds, call.raw_bytes, call.encoded_bytes)
 
     @contextmanager
-    def _slot(self, context: grpc.ServicerContext, *, stream: bool) -> Iterator[None]:
-        """A place among the calls under way. Raises `BackendError` if there is none."""
+    def _slot(self, *, stream: bool) -> Iterator[None]:
+        """Count a call among those under way. Raises `BackendError` if there may be no more."""
         with self.changed:
             if self.draining:
                 raise BackendError("the sidecar is going away")
             self.under_way["call"] += 1
             self.under_way["stream"] += stream
-        place = None
         try:
-            if stream:
-                limit = self.options.max_streams
-                try:
-                    place = self._streams.take(limit, context.peer(), context.cancel)
-                except Crowded as error:
-                    raise Crowded(f"streams: {error} (max_streams)") from error
             yield
         finally:
-            if place is not None:
-                self._streams.free(place)
             with self.changed:
                 self.under_way["call"] -= 1
                 self.under_way["stream"] -= stream

@@ -9,6 +9,7 @@ import resource
 import signal
 import threading
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import grpc
@@ -86,12 +87,11 @@ class Sidecar:
         self._traces = open_traces(settings.tracing)
         self._store = open_backend(_store_url(settings), create=settings.store.create)
         self.metrics = Metrics(_store_url(settings), _build(), configuration.digest)
-        self._pages = PageServer(self._served(), settings.server_options, self._observe())
+        crowded = partial(self.metrics.refused, "crowd")
+        self._pages = PageServer(self._served(), settings.server_options, self._observe(), crowded)
         self._gate = Gate(self.metrics.refused)
         self._gate.reload(tokens, settings.tls.client_names)
-        self._grpc = new_grpc_server(
-            settings.server_options, self._interceptors(), lambda: self.metrics.refused("crowd")
-        )
+        self._grpc = new_grpc_server(settings.server_options, self._interceptors(), crowded)
         self.health = Health((SERVICE,))
         self._probe = Probe(self._store.origin, settings.health.probe_seconds)
         self._unix: UnixSocket | None = None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 from google.protobuf.message_factory import GetMessageClass
@@ -14,7 +15,7 @@ from kvcodec.backend import Backend
 from kvcodec.errors import ConfigError
 from kvcodec_proto.v1 import service_pb2 as pb
 from kvcodec_server._frames import parse_put, serialized
-from kvcodec_server._places import Admission
+from kvcodec_server._places import Admission, Room, only
 from kvcodec_server._servicer import Servicer
 from kvcodec_server.options import (
     CHUNK_BYTES,
@@ -93,9 +94,12 @@ class PageServer:
         store: Backend,
         options: ServerOptions | None = None,
         observe: Observe = ignore_observation,
+        crowded: Callable[[], object] = lambda: None,
     ) -> None:
+        """`crowded` hears of every stream that is refused because there are too many."""
         self.store = store
         self._servicer = Servicer(store, options or ServerOptions(), observe)
+        self._streams = Room("streams", "max_streams", lambda: self.options.max_streams, crowded)
         self._regions: list[RegionServer] = []
 
     @property
@@ -105,7 +109,7 @@ class PageServer:
 
     def add_to(self, grpc_server: grpc.Server) -> None:
         """Register PageService. Calls that come over a Unix socket need a session."""
-        grpc_server.add_generic_rpc_handlers((_handlers(self._servicer),))
+        grpc_server.add_generic_rpc_handlers((_handlers(self._servicer, self._streams),))
 
     def listen(self, region_path: str | Path, *, mode: int = 0o660) -> None:
         """Take regions on this Unix socket: for a gRPC listener on ``unix:<path>`` it is
@@ -177,20 +181,40 @@ def _max_connections() -> int:
     return min(_MAX_CONNECTIONS, max(1, descriptors // 4))
 
 
-def _handlers(servicer: Servicer) -> grpc.GenericRpcHandler:
-    """What the generated code would register, but for how chunks are read and written."""
+def _handlers(servicer: Servicer, streams: Room) -> grpc.GenericRpcHandler:
+    """What the generated code would register, but for how chunks are read and written, and that a
+    stream has its place before its request is waited for.
+    """
     service = pb.DESCRIPTOR.services_by_name["PageService"]
-    kinds = {
-        (False, False): grpc.unary_unary_rpc_method_handler,
-        (False, True): grpc.unary_stream_rpc_method_handler,
-        (True, False): grpc.stream_unary_rpc_method_handler,
-    }
     handlers = {}
     for method in service.methods:
+        serve = getattr(servicer, method.name)
+        if method.server_streaming:
+            make, serve = grpc.stream_stream_rpc_method_handler, _parts(serve, streams)
+        elif method.client_streaming:
+            make, serve = grpc.stream_unary_rpc_method_handler, _whole(serve, streams)
+        else:
+            make = grpc.unary_unary_rpc_method_handler
         parse = GetMessageClass(method.input_type).FromString
-        handlers[method.name] = kinds[method.client_streaming, method.server_streaming](
-            getattr(servicer, method.name),
+        handlers[method.name] = make(
+            serve,
             request_deserializer=parse_put if method.name == "PutStream" else parse,
             response_serializer=serialized,
         )
     return grpc.method_handlers_generic_handler(service.full_name, handlers)
+
+
+def _parts(serve: Callable[..., Any], streams: Room) -> Callable[..., Any]:
+    def respond(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+        with streams.place(context):
+            yield from serve(only(requests, context), context)
+
+    return respond
+
+
+def _whole(serve: Callable[..., Any], streams: Room) -> Callable[..., Any]:
+    def respond(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:  # noqa: ANN401
+        with streams.place(context):
+            return serve(requests, context)
+
+    return respond
