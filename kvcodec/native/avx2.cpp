@@ -22,6 +22,7 @@
 #include <type_traits>
 
 #include "kvcodec.h"
+#include "ecq.h"
 #include "lossless.h"
 #include "numerics.h"
 #include "x86_rows.h"
@@ -97,6 +98,8 @@ bool decode_coded(const SectionCodec& codec, const uint8_t* in, size_t stored_by
   switch (codec.kind) {
     case KVC_KIND_LOSSLESS:
       return decode_lossless_avx2(codec, in, stored_bytes, rows, scratch);
+    case KVC_KIND_ECQ:
+      return decode_ecq_avx2(codec, in, stored_bytes, rows, rotary, scratch);
     case KVC_KIND_BLOCK:
       return decode_block_avx2(codec, in, stored_bytes, rows);
     default:

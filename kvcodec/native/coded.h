@@ -145,6 +145,12 @@ class CodedWriter {
 
 namespace {
 
+inline uint32_t load32(const uint8_t* source) {
+  uint32_t value;
+  std::memcpy(&value, source, sizeof value);
+  return value;
+}
+
 // Decodes a stream step by step. Every read is checked: nothing outside [begin, end) is touched.
 class StreamReader {
  public:

@@ -16,6 +16,9 @@ size_t encode_ecq(const SectionCodec&, const Rows&, const kvc_rotary*, uint8_t* 
 bool decode_ecq(const SectionCodec&, const uint8_t* in, size_t stored_bytes, const Rows&,
                 const kvc_rotary*, uint8_t* scratch);
 #if defined(__x86_64__)
+// This one needs F16C as well.
+bool decode_ecq_avx2(const SectionCodec&, const uint8_t* in, size_t stored_bytes, const Rows&,
+                     const kvc_rotary*, uint8_t* scratch);
 // These need VBMI and VBMI2 as well.
 size_t encode_ecq_avx512(const SectionCodec&, const Rows&, const kvc_rotary*, uint8_t* scratch,
                          uint8_t* out);

@@ -24,13 +24,7 @@
 namespace kvc {
 namespace {
 
-KVC_INLINE __m256i load_vector(const uint8_t* source) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
-}
-
-KVC_INLINE void store_vector(uint8_t* target, __m256i v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), v);
-}
+#include "coded_avx2.h"
 
 // The low bytes of 32 words.
 KVC_INLINE __m256i join_bytes(__m256i first, __m256i second) {
@@ -42,17 +36,6 @@ KVC_INLINE uint64_t plane_of(const __m256i bytes[2]) {
   const int low = _mm256_movemask_epi8(_mm256_slli_epi16(bytes[0], 7 - kBit));
   const int high = _mm256_movemask_epi8(_mm256_slli_epi16(bytes[1], 7 - kBit));
   return static_cast<uint32_t>(low) | static_cast<uint64_t>(static_cast<uint32_t>(high)) << 32;
-}
-
-// Bytes of 0xFF where a bit of the plane's lower or upper half is set.
-KVC_INLINE __m256i bytes_of_plane(uint64_t plane, bool upper) {
-  const __m256i lower_bytes = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1,  //
-                                               2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
-  const __m256i from =
-      upper ? _mm256_add_epi8(lower_bytes, _mm256_set1_epi8(4)) : lower_bytes;
-  const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
-  const __m256i all = _mm256_set1_epi64x(static_cast<int64_t>(plane));
-  return _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(all, from), bit), bit);
 }
 
 KVC_INLINE __m256i subtract_where(__m256i v, __m256i where, int amount) {

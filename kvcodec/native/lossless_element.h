@@ -50,12 +50,6 @@ KVC_INLINE uint64_t all_if_fewer(uint64_t a, uint64_t b) {
       static_cast<int64_t>(__builtin_popcountll(a) - __builtin_popcountll(b)) >> 63);
 }
 
-KVC_INLINE uint32_t load32(const uint8_t* source) {
-  uint32_t value;
-  memcpy(&value, source, sizeof value);
-  return value;
-}
-
 KVC_INLINE void store_plane(uint8_t* target, uint64_t plane) { memcpy(target, &plane, 8); }
 
 KVC_INLINE uint64_t load_plane(const uint8_t* source, uint32_t count) {
