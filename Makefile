@@ -194,13 +194,12 @@ $(SGLANG): $(SGLANG_ENV) | $(INSTALLED)
 	tools/install_sglang.sh $(BIN)/python
 	touch $@
 
-# In a folder of their own, and without what they would bring along. Quanto compiles itself when it
-# is first used, with a Ninja that it looks for on the PATH.
+# In a folder of their own, and without what they would bring along. Each is used once, because
+# quanto compiles itself when it is first used.
 $(PEERS): tools/peers/requirements.txt | $(SGLANG)
 	rm -rf $(VENV)/peers
 	$(PIP_INSTALL) --no-deps --target $(VENV)/peers --requirement tools/peers/requirements.txt
-	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=tools $(BIN)/python -W ignore -m peers --list \
-	  --packages $(VENV)/peers
+	PYTHONPATH=tools $(BIN)/python -W ignore -m peers --list --packages $(VENV)/peers
 	touch $@
 
 $(STORES): tools/install_stores.sh $(wildcard tools/stores/*.sh) | $(SGLANG)

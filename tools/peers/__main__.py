@@ -229,7 +229,9 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # of libraries that are loaded from here on
     if options.packages:
-        sys.path.append(str(options.packages))
+        sys.path.append(str(options.packages.resolve()))
+    # Quanto asks for Ninja whenever it is loaded, and finds the one of this environment so.
+    os.environ["PATH"] = os.pathsep.join((sys.exec_prefix + "/bin", os.environ.get("PATH", "")))
     sys.path.insert(0, str(ROOT))
     from peers import pictures, tables
 
