@@ -197,10 +197,11 @@ def test_centroids_are_lloyds_and_maxs():
     assert turboquant.centroids(3)[4:].tolist() == pytest.approx(three, abs=1e-3)
 
 
-@pytest.mark.parametrize("rotation", [turboquant.hadamard, turboquant.random_rotation])
-def test_rotations_keep_lengths(rotation):
-    matrix = rotation(128)
-    assert torch.allclose(matrix @ matrix.T, torch.eye(128), atol=1e-5)
+def test_rotations_keep_lengths():
+    signed = turboquant.signed_hadamard(128, 3)
+    for matrix in (turboquant.hadamard(128), turboquant.random_rotation(128), *signed[:, 0]):
+        assert torch.allclose(matrix @ matrix.T, torch.eye(128), atol=1e-5)
+    assert not torch.equal(signed[0], signed[1])
 
 
 def test_turboquant_gives_keys_their_length_back_and_errs_as_its_quantizer_does():

@@ -2,10 +2,10 @@
 
 `TurboQuant-mse` is the paper's (Zandieh et al., arXiv 2504.19874): every key and value is divided
 by its norm, turned by a fixed random rotation, and each coordinate replaced by the nearest of 2^b
-Lloyd-Max centroids of N(0, 1/d). The other presets are those of vLLM and LMCache: Hadamard in
-place of the random rotation, and for keys alone; decoded keys get their norm back exactly (`nc`);
-values are uniform per token. Both leave the first and last two layers unquantized; here, every
-layer is coded, as a bit rate should be.
+Lloyd-Max centroids of N(0, 1/d). The other presets are those of vLLM and LMCache: for keys alone,
+with a Hadamard matrix and, as LMCache has them, random signs for every layer in place of the random
+rotation; decoded keys get their norm back exactly (`nc`); values are uniform per token. Both leave
+the first and last two layers unquantized; here, every layer is coded, as a bit rate should be.
 """
 
 from __future__ import annotations
@@ -49,6 +49,14 @@ def hadamard(size: int) -> Tensor:
 
 
 @cache
+def signed_hadamard(size: int, layers: int) -> Tensor:
+    """(layers, 1, size, size): signs, then the matrix. The signs are those of LMCache's seeds."""
+    generators = [torch.Generator().manual_seed(42 + 1337 * layer) for layer in range(layers)]
+    bits = torch.stack([torch.randint(0, 2, (size,), generator=g) for g in generators])
+    return (2.0 * bits - 1)[:, None, :, None] * hadamard(size)
+
+
+@cache
 def random_rotation(size: int) -> Tensor:
     """A rotation without a preferred direction, always the same one."""
     generator = torch.Generator().manual_seed(42)
@@ -76,7 +84,7 @@ class TurboQuant(TensorPeer):
         rows = tensor.float()
         norm = rows.norm(dim=-1, keepdim=True)
         size = tensor.shape[-1]
-        turned = (rows / (norm + 1e-8)) @ self._rotation(size) * math.sqrt(size)
+        turned = (rows / (norm + 1e-8)) @ self._rotation(tensor) * math.sqrt(size)
         points = centroids(bits)
         indices = torch.bucketize(turned, (points[1:] + points[:-1]) / 2, right=True)
         packed = pack(indices.to(torch.uint8), bits)
@@ -92,15 +100,15 @@ class TurboQuant(TensorPeer):
             return unpack(packed, bits) * scale.float() + smallest.float()
         packed, norm = payload
         turned = centroids(bits)[unpack(packed, bits).int()]
-        size = turned.shape[-1]
         if self.is_paper:
-            turned = turned / math.sqrt(size)
+            turned = turned / math.sqrt(turned.shape[-1])
         else:
             turned = turned / turned.norm(dim=-1, keepdim=True)
-        return norm.float() * (turned @ self._rotation(size).T)
+        return norm.float() * (turned @ self._rotation(turned).transpose(-1, -2))
 
-    def _rotation(self, size: int) -> Tensor:
-        return random_rotation(size) if self.is_paper else hadamard(size)
+    def _rotation(self, tensor: Tensor) -> Tensor:
+        layers, size = tensor.shape[0], tensor.shape[-1]
+        return random_rotation(size) if self.is_paper else signed_hadamard(size, layers)
 
 
 def _uniform(rows: Tensor, bits: int) -> Stored:
