@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcodec import native
+from kvcodec.derotation import ROTATED_ROLES
 from kvcodec.errors import ConfigError, CorruptPage, NativeError, PageError, UndecodedPage
 from kvcodec.format import PAGE_BYTES_OFFSET, EncodedPage
 from kvcodec.identity import Namespace
 from kvcodec.layout import PageViews, StreamStrides
-from kvcodec.plan import ROTATED_ROLES, PagePlan
+from kvcodec.plan import PagePlan
 from kvcodec.rotary import INTERLEAVED
 
 __all__ = ["Codec", "Encoded", "encoded_size"]
@@ -69,6 +70,7 @@ def _native_plan(plan: PagePlan, strides: tuple[StreamStrides, ...]) -> native.P
                 bits=codec.bits or 8 * layout.dtype.itemsize,
                 asymmetric=codec.asymmetric,
                 channel=bool(codec.axis),
+                transform=int(codec.transform),
                 group_size=max(codec.group_size, 0),
                 offset=int(offset),
                 stored_bytes=int(stored),

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from kvcodec.derotation import check_derotation
 from kvcodec.errors import (
     ConfigError,
     CorruptPage,
@@ -32,7 +33,7 @@ from kvcodec.layout import (
     Role,
     Stream,
 )
-from kvcodec.spec import RAW, Axis, Kind, SectionCodec
+from kvcodec.section import RAW, Axis, Kind, SectionCodec, Transform
 
 __all__ = [
     "CHECKSUM_BYTES",
@@ -84,6 +85,9 @@ assert (FIXED.size, STREAM.size, SECTION.itemsize) == (64, 16, 24)
 
 _ASYMMETRIC = 1
 _CHANNEL = 2
+_TRANSFORM_SHIFT = 2  # of two bits, of which one is set at most
+_OPTIONS = 15
+_MAX_HADAMARD_SIZE = 4096
 _TABLE_VERSION = 1
 #: What a row of the section table says, without the checksum.
 _SETTINGS = ["kind", "bits", "options", "table", "group_size", "stored_bytes", "side_bytes"]
@@ -192,12 +196,19 @@ def section_row(layout: PageLayout, stream: Stream, codec: SectionCodec) -> tupl
         raise ConfigError(
             f"{codec.text} knows bf16 and fp16; {layout.dtype.text} pages can be stored raw"
         )
+    size = stream.head_size
+    if codec.transform is Transform.HADAMARD and (size & (size - 1) or size > _MAX_HADAMARD_SIZE):
+        raise ConfigError(
+            f"{codec.text} needs rows of a power of two, up to {_MAX_HADAMARD_SIZE}; "
+            f"{stream.role.text} rows have {size} elements"
+        )
     stored = section_stored_bytes(layout.dtype, stream, layout.token_count, codec)
     if stored > MAX_SECTION_BYTES:
         raise ConfigError(f"a section would take {stored} bytes, allowed is {MAX_SECTION_BYTES}")
     if codec.kind is Kind.RAW:
         return (Kind.RAW, 8 * layout.dtype.itemsize, 0, 0, 0, stored, 0, 0)
     options = _ASYMMETRIC * codec.asymmetric | _CHANNEL * (codec.axis is Axis.CHANNEL)
+    options |= codec.transform << _TRANSFORM_SHIFT
     if codec.kind.is_coded:
         bits = codec.bits or 8 * layout.dtype.itemsize
         return (codec.kind, bits, options, _TABLE_VERSION, 0, 0, 0, 0)
@@ -295,6 +306,8 @@ def _parse_header(view: memoryview) -> PageHeader:
         key = header[key_offset:extension_offset].decode("utf-8")
     except UnicodeDecodeError as error:
         raise CorruptPage("key", f"the key is not UTF-8: {error}") from error
+    extensions = parse_extensions(header[extension_offset:end])
+    check_derotation(layout, codecs, extensions)
     return PageHeader(
         identity=Identity.parse(header[identity_offset:key_offset]),
         key=key,
@@ -302,7 +315,7 @@ def _parse_header(view: memoryview) -> PageHeader:
         codecs=codecs,
         stored_bytes=tuple(table["stored_bytes"].tolist()),
         checksums=tuple(table["checksum"].tolist()),
-        extensions=parse_extensions(header[extension_offset:end]),
+        extensions=extensions,
         minor=minor,
         header_bytes=header_bytes,
         page_bytes=page_bytes,
@@ -366,8 +379,8 @@ def _row_codec(layout: PageLayout, stream: Stream, row: tuple[int, ...]) -> Sect
     kind, bits, options, table, group_size, _, side_bytes = row
     if kind not in list(Kind):
         raise UnsupportedPage("section_kind", kind, ", ".join(f"{k} ({k.name})" for k in Kind))
-    if options & ~(_ASYMMETRIC | _CHANNEL):
-        raise UnsupportedPage("reserved", f"section options {options:#x}", "bits 0 and 1")
+    if options & ~_OPTIONS:
+        raise UnsupportedPage("reserved", f"section options {options:#x}", "bits 0 to 3")
     if side_bytes or table != _TABLE_VERSION * Kind(kind).is_coded:
         raise UnsupportedPage("section", f"coding table {table}, {side_bytes} side bytes", "none")
     axis = Axis.CHANNEL if options & _CHANNEL else Axis.TOKEN
@@ -376,14 +389,16 @@ def _row_codec(layout: PageLayout, stream: Stream, row: tuple[int, ...]) -> Sect
             length = layout.token_count if axis is Axis.CHANNEL else stream.head_size
             if not 1 <= group_size <= length:
                 _corrupt("section", f"an int section with groups of {group_size} along {length}")
-            codec = SectionCodec(Kind.INT, bits, bool(options & _ASYMMETRIC), axis, group_size)
+            transform = Transform(options >> _TRANSFORM_SHIFT)
+            asymmetric = bool(options & _ASYMMETRIC)
+            codec = SectionCodec(Kind.INT, bits, asymmetric, axis, group_size, transform)
         elif kind == Kind.RAW:
             codec = RAW
         else:
             bits = bits if kind in (Kind.ECQ, Kind.FP8) else 0
             codec = SectionCodec(Kind(kind), bits, axis=axis)
         wanted = section_row(layout, stream, codec)[:-1]
-    except ConfigError as error:
+    except (ConfigError, ValueError) as error:
         raise CorruptPage("section", str(error)) from error
     if wanted != row:
         _corrupt("section", f"a section entry says {row}; wanted {wanted}")

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from kvcodec.errors import ConfigError, CorruptPage
+from kvcodec.derotation import ROTARY_EXTENSION, ROTATED_ROLES, rotary_of_page, settled_codecs
+from kvcodec.errors import ConfigError
 from kvcodec.format import (
     CHECKSUM_BYTES,
     FIXED,
@@ -35,16 +36,13 @@ from kvcodec.format import (
     section_stored_bytes,
 )
 from kvcodec.identity import MAX_KEY_BYTES, Namespace, encode_key, layout_record
-from kvcodec.layout import PageLayout, Role, Stream
+from kvcodec.layout import PageLayout, Stream
 from kvcodec.profile import PROFILE_EXTENSION
 from kvcodec.rotary import Rotary
-from kvcodec.spec import CodecSpec, Kind, SectionCodec
+from kvcodec.section import Kind, SectionCodec, Transform
+from kvcodec.spec import CodecSpec
 
-__all__ = ["ROTATED_ROLES", "ROTARY_EXTENSION", "PagePlan", "check_spec"]
-
-#: The header extension that holds rotary parameters, and the streams that they are about.
-ROTARY_EXTENSION = 2
-ROTATED_ROLES = frozenset({Role.KEY, Role.ROPE})
+__all__ = ["PagePlan", "check_spec"]
 
 #: A coded section is cut into tiles of one head (FORMAT.md 3.5). One below the smallest does not
 #: pay for its states.
@@ -91,8 +89,9 @@ class PagePlan:
         """Plan pages to be written. `codecs` holds one codec per section; raises `ConfigError`
         beyond a limit.
 
-        With `rotary`, keys in `ecq` per channel may be stored with their rotation taken out, which
-        the pages then say in an extension. Where nothing can use it, it is ignored.
+        With `rotary`, keys in `ecq` per channel may be stored with their rotation taken out, and
+        derotated ones are, which the pages then say in an extension. Where nothing can use it, it
+        is ignored; without it, derotated codecs are plain.
         """
         layout = namespace.layout
         if len(codecs) != layout.section_count:
@@ -102,7 +101,7 @@ class PagePlan:
         streams = layout.streams * layout.layer_count
         resolved = tuple(
             codec.resolved(stream.head_size, layout.token_count)
-            for codec, stream in zip(codecs, streams, strict=True)
+            for codec, stream in zip(settled_codecs(codecs, layout, rotary), streams, strict=True)
         )
         rows = [
             section_row(layout, stream, codec)
@@ -239,6 +238,8 @@ class PagePlan:
 
 
 def _may_derotate(codec: SectionCodec, stream: Stream) -> bool:
+    if codec.transform is Transform.DEROTATED:
+        return True
     return codec.kind is Kind.ECQ and bool(codec.axis) and stream.role in ROTATED_ROLES
 
 
@@ -247,13 +248,7 @@ def _rotary(header: PageHeader) -> Rotary | None:
     streams = header.layout.streams * header.layout.layer_count
     if not any(map(_may_derotate, header.codecs, streams)):
         return None
-    for extension in header.extensions:
-        if extension.type == ROTARY_EXTENSION:
-            try:
-                return Rotary.from_record(extension.data)
-            except ConfigError as error:
-                raise CorruptPage("extensions", str(error)) from error
-    return None
+    return rotary_of_page(header.extensions)
 
 
 class _Places(TypedDict):

@@ -19,6 +19,7 @@ from kvcodec._reference_elements import (
     to_e4m3,
     to_float32,
 )
+from kvcodec._reference_transform import hadamard, turned
 from kvcodec.format import pad64, parameter_bytes, section_stored_bytes
 from kvcodec.layout import DType, Role, Stream
 from kvcodec.reference_ecq import EcqCodec, decode_ecq, encode_ecq
@@ -29,7 +30,7 @@ from kvcodec.reference_lossless import (
     encode_lossless,
 )
 from kvcodec.rotary import Rotary
-from kvcodec.spec import Axis, Kind, SectionCodec
+from kvcodec.section import Axis, Kind, SectionCodec, Transform
 
 __all__ = ["decode_section", "encode_section", "from_float32", "to_float32"]
 
@@ -128,6 +129,12 @@ def encode_section(
     if codec.kind is Kind.RAW:
         return np.ascontiguousarray(rows).tobytes(), 0
     values = to_float32(rows, dtype)
+    dtype = DType.FP32 if codec.transform else dtype
+    if codec.transform is Transform.DEROTATED:
+        assert rotary is not None
+        values = turned(values, rotary, [0] * heads, -1)
+    elif codec.transform is Transform.HADAMARD:
+        values = hadamard(values)
     if channel:  # groups along the last axis: (heads, channels, tokens)
         values = np.ascontiguousarray(values.transpose(0, 2, 1))
     parts = [
@@ -185,16 +192,21 @@ def decode_section(
         parameters = parameters.reshape(heads, tokens, groups)[:, :, index]
     if codec.asymmetric:
         scale, zero = parameters >> np.uint32(16), parameters & np.uint32(0xFFFF)
-        offset = to_float32(
-            zero.astype(np.uint16), DType.FP16 if dtype is DType.FP16 else DType.BF16
-        )
+        is_half = dtype is DType.FP16 and not codec.transform
+        offset = to_float32(zero.astype(np.uint16), DType.FP16 if is_half else DType.BF16)
     else:
         # A sum with -0 is the product itself, the sign of a zero included.
         scale, offset = parameters, np.full(parameters.shape, -0.0, np.float32)
         codes -= 1 << (codec.bits - 1)
     step = (scale.astype(np.uint32) << np.uint32(16)).view(np.float32)
     with np.errstate(all="ignore"):
-        return from_float32((offset + step * codes.astype(np.float32)).astype(np.float32), dtype)
+        values = (offset + step * codes.astype(np.float32)).astype(np.float32)
+    if codec.transform is Transform.DEROTATED:
+        assert rotary is not None
+        values = turned(values, rotary, [0] * heads, 1)
+    elif codec.transform is Transform.HADAMARD:
+        values = hadamard(values) * np.float32(1 / size)
+    return from_float32(values, dtype)
 
 
 def _pack_rows(codes: Bits, bits: int) -> bytes:

@@ -37,6 +37,7 @@ from kvcodec._reference_stream import (
     tile_slices,
     write_stream,
 )
+from kvcodec._reference_transform import turned
 from kvcodec._reference_trellis import half_steps, search_path
 from kvcodec.layout import DType
 from kvcodec.rotary import Rotary
@@ -85,22 +86,6 @@ class EcqCodec:
         """The groups of a tile."""
         pairs = self.rotary.pairs if derotated and self.rotary is not None else None
         return Groups.of(tokens, channels, self.per_channel, pairs)
-
-
-def _turned(tiles: Float32, rotary: Rotary, first: Sequence[int], direction: int) -> Float32:
-    """Tiles (n, tokens, channels) whose first tokens are `first`, with their pairs turned by the
-    angles of their tokens: forth (1) or back (-1).
-    """
-    tokens = tiles.shape[1]
-    table = rotary.table(max(first) + tokens)
-    rotation = np.stack([table[start : start + tokens] for start in first])
-    cos, sin = rotation[..., 0], rotation[..., 1] * np.float32(direction)
-    left, right = rotary.pairs.T
-    a, b = tiles[..., left], tiles[..., right]
-    out = tiles.copy()
-    out[..., left] = a * cos - b * sin
-    out[..., right] = b * cos + a * sin
-    return out
 
 
 @dataclass(frozen=True)
@@ -200,7 +185,7 @@ def dequantized_tiles(
     u = half_steps(_by_step(tiles.indices), _active(tiles.groups, tiles.scales, shape[-1]))
     sums = (tiles.means[..., None] + _by_sequence(u, shape)).astype(np.float32)
     values = tiles.groups.tiles(sums * half)
-    return _turned(values, codec.rotary, first, 1) if turn and codec.rotary else values
+    return turned(values, codec.rotary, first, 1) if turn and codec.rotary else values
 
 
 def _length(values: Integers, family: int, index: int) -> int:
@@ -245,7 +230,7 @@ def _choose_turn(values: Float32, codec: EcqCodec) -> bool:
             groups = codec.groups(batch.tokens, batch.channels, turn)
             tiles = batch.values
             if turn:
-                tiles = _turned(tiles, codec.rotary, batch.first_tokens, -1)
+                tiles = turned(tiles, codec.rotary, batch.first_tokens, -1)
             found = measure(groups.sequences(tiles), groups)
             exponent = np.where(found.empty, -252, found.exponent)
             costs[turn] += int((exponent * groups.sizes).sum())
@@ -263,7 +248,7 @@ def quantized_tiles(
         groups = codec.groups(batch.tokens, batch.channels, turn)
         tiles = batch.values
         if turn and codec.rotary is not None:
-            tiles = _turned(tiles, codec.rotary, batch.first_tokens, -1)
+            tiles = turned(tiles, codec.rotary, batch.first_tokens, -1)
         sequences = groups.sequences(tiles)
         out.append((batch, _quantize(sequences, measure(sequences, groups), groups, codec.steps)))
     return turn, out

@@ -38,8 +38,8 @@ INTERLEAVED = 1  #: channel 2i pairs with 2i + 1, as in GPT-J and DeepSeek
 #: Radians per token; a larger one is no position any more.
 LARGEST_FREQUENCY = 8.0
 
-# Models that SGLang serves with pairs of neighbours. The wrong style costs bits, never quality:
-# what does not get narrower is stored as it is.
+# Models that SGLang serves with pairs of neighbours. In ecq the wrong style costs bits, never
+# quality: what does not get narrower is stored as it is. In int sections it does cost quality.
 _INTERLEAVED_MODELS = frozenset(
     {
         "chatglm",
@@ -113,13 +113,13 @@ class Rotary:
         size, style, *reserved = _HEAD.unpack_from(data)
         if any(reserved):
             raise ConfigError("rotary parameters with a reserved byte that is not zero")
-        if len(data) != _HEAD.size + 2 * size:
+        if size % 2 or len(data) != _HEAD.size + 2 * size:
             raise ConfigError(
                 f"rotary parameters of {len(data)} bytes for {size} channels; "
                 f"{_HEAD.size + 2 * size} are needed"
             )
-        frequencies = np.frombuffer(data, "<f4", offset=_HEAD.size)
-        return cls(size, style, tuple(frequencies.astype(float).tolist()))
+        frequencies = struct.unpack_from(f"<{size // 2}f", data, _HEAD.size)
+        return cls(size, style, frequencies)
 
     @property
     def pairs(self) -> npt.NDArray[np.int64]:

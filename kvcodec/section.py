@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from kvcodec.errors import ConfigError
 from kvcodec.layout import MAX_HEAD_SIZE
 
-__all__ = ["ECQ_BITS", "RAW", "Axis", "Kind", "SectionCodec"]
+__all__ = ["ECQ_BITS", "RAW", "Axis", "Kind", "SectionCodec", "Transform"]
 
 
 class Kind(enum.IntEnum):
@@ -35,10 +35,20 @@ class Axis(enum.IntEnum):
     CHANNEL = 1  #: tokens of one channel
 
 
+class Transform(enum.IntEnum):
+    """What is done to the rows of an int section before they are quantized (FORMAT.md 3.12)."""
+
+    NONE = 0
+    DEROTATED = 1  #: keys turned back by their position in the page, where a page knows how
+    HADAMARD = 2  #: sums and differences over a whole row
+
+
 #: Bits of an `ecq` section are counted in sixteenths.
 ECQ_BITS = range(24, 98)
 
-_CODEC_TEXT = re.compile(r"int([248])(-channel)?(-asym)?(?:-g([1-9]\d{0,9}))?", re.ASCII)
+_CODEC_TEXT = re.compile(
+    r"int([248])(-channel)?(?:-(derotated|hadamard))?(-asym)?(?:-g([1-9]\d{0,9}))?", re.ASCII
+)
 _CODED_TEXT = re.compile(
     r"(?:ecq-(\d(?:\.\d{1,4})?)|lossless)(-channel)?|(lossless-fast)", re.ASCII
 )
@@ -58,8 +68,10 @@ class SectionCodec:
     asymmetric: bool = False
     axis: Axis = Axis.TOKEN
     group_size: int = -1
+    transform: Transform = Transform.NONE
 
     def __post_init__(self) -> None:
+        self._check_transform()
         if self.kind is Kind.RAW:
             if (self.bits, self.asymmetric, self.axis, self.group_size) != (
                 0,
@@ -94,12 +106,30 @@ class SectionCodec:
                 "whole row"
             )
 
+    def _check_transform(self) -> None:
+        if self.transform is Transform.NONE:
+            return
+        if self.kind is not Kind.INT:
+            raise ConfigError(f"only int sections are {self.transform.name.lower()}")
+        wanted = Axis.CHANNEL if self.transform is Transform.DEROTATED else Axis.TOKEN
+        if self.axis is not wanted:
+            raise ConfigError(
+                f"{self.text}: {self.transform.name.lower()} rows have groups per "
+                f"{wanted.name.lower()}"
+            )
+
     @classmethod
     def integer(
-        cls, bits: int, *, asymmetric: bool = False, axis: Axis = Axis.TOKEN, group_size: int = -1
+        cls,
+        bits: int,
+        *,
+        asymmetric: bool = False,
+        axis: Axis = Axis.TOKEN,
+        group_size: int = -1,
+        transform: Transform = Transform.NONE,
     ) -> SectionCodec:
         """An int codec of 2, 4 or 8 bits."""
-        return cls(Kind.INT, bits, asymmetric, axis, group_size)
+        return cls(Kind.INT, bits, asymmetric, axis, group_size, transform)
 
     @classmethod
     def parse(cls, text: str) -> SectionCodec:
@@ -123,15 +153,17 @@ class SectionCodec:
         if match is None:
             raise ConfigError(
                 f"codec {text!r}; wanted raw, fp8, int{{2,4,8}}[-channel][-asym][-gN], "
+                f"int{{2,4,8}}-channel-derotated[-asym][-gN], int{{2,4,8}}-hadamard[-asym][-gN], "
                 f"ecq-BITS[-channel], lossless[-channel] or lossless-fast, "
                 f"such as int4-g64 or ecq-3-channel"
             )
-        bits, channel, asym, group = match.groups()
+        bits, channel, transform, asym, group = match.groups()
         return cls.integer(
             int(bits),
             asymmetric=asym is not None,
             axis=Axis.CHANNEL if channel else Axis.TOKEN,
             group_size=int(group) if group else -1,
+            transform=Transform[transform.upper()] if transform else Transform.NONE,
         )
 
     @property
@@ -147,6 +179,7 @@ class SectionCodec:
         return (
             f"int{self.bits}"
             + channel
+            + (f"-{self.transform.name.lower()}" if self.transform else "")
             + ("-asym" if self.asymmetric else "")
             + (f"-g{self.group_size}" if self.group_size > 0 else "")
         )

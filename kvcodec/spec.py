@@ -11,7 +11,7 @@ from typing import Any
 from kvcodec.errors import ConfigError
 from kvcodec.layout import MAX_HEAD_SIZE, PageLayout, Role
 from kvcodec.profile import PROFILE_PREFIX, Profile, ProfileReference
-from kvcodec.section import RAW, Axis, Kind, SectionCodec
+from kvcodec.section import RAW, Axis, Kind, SectionCodec, Transform
 
 __all__ = ["PRESETS", "RAW", "SPEC_OPTIONS", "Axis", "CodecSpec", "Kind", "SectionCodec"]
 
@@ -21,7 +21,7 @@ _BITS_TEXT = re.compile(r"\d{1,2}(\.\d{1,6})?", re.ASCII)
 
 #: Name -> text. `g64`, symmetric and per token are KVTuner's defaults; 2 bits are asymmetric,
 #: because a symmetric 2-bit code has three levels; the channel presets are KIVI's: keys per
-#: channel, values per token.
+#: channel, values per token. Hadamard rows have even channels: one group is enough.
 PRESETS: Mapping[str, str] = {
     "raw": "key=raw value=raw",
     "fp8": "key=fp8 value=fp8",
@@ -36,6 +36,9 @@ PRESETS: Mapping[str, str] = {
     "kv8-channel": "key=int8-channel-asym-g64 value=int8-asym-g64",
     "kv4-channel": "key=int4-channel-asym-g64 value=int4-asym-g64",
     "kv2-channel": "key=int2-channel-asym-g32 value=int2-asym-g32",
+    "kv4-derotated": "key=int4-channel-derotated-asym-g64 value=int4-asym-g64",
+    "kv2-derotated": "key=int2-channel-derotated-asym-g32 value=int2-asym-g32",
+    "kv4-hadamard": "key=int4-hadamard-asym value=int4-hadamard-asym",
     "ecq-4": "key=ecq-4-channel value=ecq-4",
     "ecq-3": "key=ecq-3-channel value=ecq-3",
     "ecq-2.5": "key=ecq-2.5-channel value=ecq-2.5",
@@ -86,6 +89,9 @@ class CodecSpec:
         indices = [layer for layer, _, _ in self.layers]
         if indices != sorted(set(indices)) or any(index < 0 for index in indices):
             raise ConfigError(f"layer indices {indices} are not ascending numbers from 0 on")
+        for codec in [self.value, *(value for _, _, value in self.layers)]:
+            if codec.transform is Transform.DEROTATED:
+                raise ConfigError(f"values are not rotated: {codec.text} is for keys")
 
     @classmethod
     def parse(cls, text: str) -> CodecSpec:
@@ -186,7 +192,11 @@ class CodecSpec:
     def can_derotate(self) -> bool:
         """Whether a codec of keys can make use of how they are rotated."""
         keys = [self.key, *(key for _, key, _ in self.layers)]
-        return any(codec.kind is Kind.ECQ and codec.axis is Axis.CHANNEL for codec in keys)
+        return any(
+            codec.transform is Transform.DEROTATED
+            or (codec.kind is Kind.ECQ and codec.axis is Axis.CHANNEL)
+            for codec in keys
+        )
 
     def section_codecs(self, layout: PageLayout) -> tuple[SectionCodec, ...]:
         """The resolved codec of every section of a page, in canonical order."""
@@ -212,7 +222,10 @@ class CodecSpec:
         if role is Role.OPAQUE:
             return RAW
         if role is Role.LATENT:
-            return value if _quality_bits(value) > _quality_bits(key) else key
+            better = value if _quality_bits(value) > _quality_bits(key) else key
+            if better.transform is Transform.DEROTATED:  # no position turns a latent
+                return replace(better, transform=Transform.NONE)
+            return better
         if self.rope is not None:
             return self.rope
         if _quality_bits(key) >= 8:

@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcodec.codec import Codec
+from kvcodec.derotation import ROTARY_EXTENSION, rotary_of_page, settled_codecs
 from kvcodec.errors import ConfigError
 from kvcodec.format import MINOR, EncodedPage, Extension, PageHeader, pad64
 from kvcodec.identity import CODEC_POOLS, encode_key
 from kvcodec.layout import PageLayout, PageViews
-from kvcodec.plan import ROTARY_EXTENSION, PagePlan, check_spec
+from kvcodec.plan import PagePlan, check_spec
 from kvcodec.profile import PROFILE_EXTENSION
 from kvcodec.rotary import Rotary
 from kvcodec.section import RAW, Kind, SectionCodec
@@ -141,13 +142,15 @@ class Transcoder:
                 raise ConfigError(f"the layer table is not of the layers of the pool {pool!r}")
             if header.minor > MINOR:
                 raise ConfigError(f"a page of version 1.{header.minor}, newer than 1.{MINOR}")
-            wanted = self._spec.section_codecs(layout)
+            rotary = rotary_of_page(header.extensions) or self._rotary
+            wanted = settled_codecs(self._spec.section_codecs(layout), layout, rotary)
             codecs = tuple(map(_chosen, header.codecs, wanted))
             if codecs == header.codecs:
                 same = codecs == wanted
                 return _Target(Outcome.ALREADY if same else Outcome.FEWER_BITS)
             if self._only:
-                if header.codecs not in [spec.section_codecs(layout) for spec in self._only]:
+                only = (spec.section_codecs(layout) for spec in self._only)
+                if header.codecs not in [settled_codecs(c, layout, rotary) for c in only]:
                     return _Target(Outcome.OTHER)
             elif {codec.kind for codec in header.codecs} == {Kind.RAW}:
                 return _Target(Outcome.RAW)
@@ -172,7 +175,7 @@ class Transcoder:
         if self._spec.profile is not None:
             kept[PROFILE_EXTENSION] = Extension(PROFILE_EXTENSION, self._spec.profile.digest)
         told = kept.pop(ROTARY_EXTENSION, None)
-        rotary = self._rotary if told is None else Rotary.from_record(told.data)
+        rotary = rotary_of_page(header.extensions) or self._rotary
         key_bytes = len(header.key.encode())
 
         def build() -> PagePlan:

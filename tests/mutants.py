@@ -59,9 +59,10 @@ def originals() -> list[Original]:
     """One page per codec and element type, and a few with more sections and richer headers."""
     rich = ("layers-mixed", "mla-512-64-kv4", "extensions", "head-range", "identity-unicode")
     coded = ("ecq-3-bf16", "ecq-3-fp32", "lossless-fp16", "lossless-fast-bf16", "ecq-rotary")
+    fixed = ("derotated-fp16", "hadamard-bf16", "derotated-mla")
     return [
         Original.of(case)
-        for case in [*TINY_CASES.values(), *(CASES[name] for name in rich + coded)]
+        for case in [*TINY_CASES.values(), *(CASES[name] for name in rich + coded + fixed)]
     ]
 
 

@@ -12,11 +12,12 @@ import numpy.typing as npt
 import xxhash
 
 from kvcodec.codec import Codec
+from kvcodec.derotation import ROTARY_EXTENSION, ROTATED_ROLES
 from kvcodec.errors import PageError
 from kvcodec.format import CHECKSUM_BYTES, FIXED, SECTION, STREAM, EncodedPage, Extension, pad64
 from kvcodec.identity import Identity, Namespace
 from kvcodec.layout import DType, PageLayout, PageViews, Role, Stream
-from kvcodec.plan import ROTARY_EXTENSION, ROTATED_ROLES, PagePlan
+from kvcodec.plan import PagePlan
 from kvcodec.profile import PROFILE_EXTENSION
 from kvcodec.reference import decode_section, encode_section
 from kvcodec.rotary import Rotary
@@ -207,8 +208,10 @@ def decode_page(page: EncodedPage) -> bytes:
 def outside_groups(plan: PagePlan, rows: Sequence[Rows]) -> int:
     """How many groups of a page lie outside the domain, by the reference codec."""
     return sum(
-        encode_section(rows[index][layer], plan.layout.dtype, plan.codecs[number])[1]
-        for number, (layer, index, _) in enumerate(sections_of(plan.layout))
+        encode_section(
+            rows[index][layer], plan.layout.dtype, plan.codecs[number], _rotary(plan, stream)
+        )[1]
+        for number, (layer, index, stream) in enumerate(sections_of(plan.layout))
     )
 
 
@@ -455,9 +458,51 @@ def _coded_cases() -> Iterator[Case]:
     )
 
 
+def _transformed_cases() -> Iterator[Case]:
+    for dtype in SPECIAL:
+        yield Case(
+            name=f"derotated-{dtype.text}",
+            layout=mha(dtype=dtype, tokens=19, size=56),
+            spec="key=int4-channel-derotated-asym-g8 value=int8",
+            rotary=ROTARY,
+        )
+        yield Case(
+            name=f"hadamard-{dtype.text}",
+            layout=mha(dtype=dtype, tokens=3, size=64, value_size=128),
+            spec="key=int4-hadamard-asym-g32 value=int2-hadamard",
+        )
+        yield Case(
+            name=f"special-derotated-{dtype.text}",
+            layout=mha(dtype=dtype, tokens=4, heads=1, size=64),
+            spec="key=int8-channel-derotated-g3 value=int8-hadamard-asym",
+            rotary=ROTARY,
+            special=True,
+        )
+    yield Case(
+        name="derotated-interleaved",
+        layout=mha(tokens=70, layers=2, heads=1, size=32),
+        spec="key=int2-channel-derotated-asym-g32 value=int4-asym-g64 layer.1=int8,raw",
+        extensions=(Extension(1000, b"twelve bytes"),),
+        rotary=Rotary(32, 1, ROTARY.frequencies[:16]),
+    )
+    yield Case(
+        name="derotated-mla",
+        layout=mla(),
+        spec="key=int4-hadamard-asym value=raw rope=int8-channel-derotated",
+        rotary=ROTARY,
+    )
+
+
 CASES: dict[str, Case] = {
     case.name: case
-    for cases in (_int_cases, _other_cases, _special_cases, _coded_cases, _fp8_cases)
+    for cases in (
+        _int_cases,
+        _other_cases,
+        _special_cases,
+        _coded_cases,
+        _fp8_cases,
+        _transformed_cases,
+    )
     for case in cases()
 }
 
@@ -473,6 +518,13 @@ TINY_CASES: dict[str, Case] = {
             key="k",
         ),
         Case(name="fp8-bf16", layout=mha(tokens=2, heads=1, size=17), spec="fp8", key="k"),
+        Case(
+            name="transformed-bf16",
+            layout=mha(tokens=3, heads=1, size=16),
+            spec="key=int4-channel-derotated-asym-g2 value=int4-hadamard",
+            rotary=Rotary(6, 1, ROTARY.frequencies[:3]),
+            key="k",
+        ),
         *(
             Case(
                 name=f"int{bits}{axis}{symmetry}-{dtype.text}",

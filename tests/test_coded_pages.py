@@ -16,12 +16,13 @@ from cli_pages import make_page, run_json
 from pages import IDENTITY, make_rows, native_encode, raw_bytes, reseal
 
 from kvcodec.codec import Codec
+from kvcodec.derotation import ROTARY_EXTENSION
 from kvcodec.errors import ConfigError, CorruptPage, PageError, UnsupportedPage
 from kvcodec.extension import Extension
 from kvcodec.format import SECTION, EncodedPage, pad64
 from kvcodec.identity import Namespace
 from kvcodec.layout import DType, PageLayout, PageViews
-from kvcodec.plan import ROTARY_EXTENSION, PagePlan, check_spec
+from kvcodec.plan import PagePlan, check_spec
 from kvcodec.rotary import Rotary
 from kvcodec.spec import Axis, CodecSpec, Kind, SectionCodec
 

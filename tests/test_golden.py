@@ -27,15 +27,16 @@ from kvcodec.identity import Identity, Namespace
 from kvcodec.layout import DType, PageLayout, Role, Stream
 from kvcodec.plan import PagePlan
 from kvcodec.rotary import Rotary
-from kvcodec.spec import CodecSpec, Kind
+from kvcodec.section import Kind, Transform
+from kvcodec.spec import CodecSpec
 
 RAW_SPEC = CodecSpec()
 GOLDEN = Path(__file__).parent / "golden" / "v1"
 
 # Of the two manifests, which hold the digest of every file. A released page never changes.
 MANIFEST_SHA256 = {
-    "accepted": "e5a838833e657ef0d5b949dc26ac65f0128d5c5bd7807f09099cd0ecda9b14d6",
-    "rejected": "322ffac5e428d882bc8ea6e24dc4974ddcd4b91906cdd78d8571fc123a4c5de1",
+    "accepted": "2c39b35cf8e52cac26be1120c117ad882e5a73950e0292f9a83ab2e51a0e3fa1",
+    "rejected": "3a4decf16274b643b7de83d69c249a2c837b5063340c9b326b5956820580b1ea",
 }
 
 
@@ -129,6 +130,12 @@ def test_golden_pages_cover_every_codec():
         if codec.kind.is_coded
     }
     assert len(coded) == 3 * 2 + 2 * 2 + 2
+    transformed = {
+        (case.layout.dtype, codec.transform)
+        for case in map(case_of, ACCEPTED)
+        for codec in case.codecs
+    }
+    assert len(transformed - {(dtype, Transform.NONE) for dtype in DType}) == 3 * 2
     fp8 = {case_of(name).layout.dtype for name in ACCEPTED if name.startswith("fp8")}
     assert fp8 == {DType.BF16, DType.FP16, DType.FP32}
     raw = {case_of(name).layout.dtype for name in ACCEPTED if name.startswith(("raw", "opaque"))}

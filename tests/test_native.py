@@ -60,6 +60,8 @@ SIZE = {"dtype": 1, "head_count": 2, "token_count": 3, "head_size": 100}
         ({"kind": 0, "bits": 16}, 1200),
         ({"kind": 0, "bits": 8, "dtype": 4}, 600),
         ({"kind": 5, "bits": 8}, 600),
+        ({"kind": 1, "bits": 4, "group_size": 2, "channel": True, "transform": 1}, 832 + 2 * 400),
+        ({"kind": 1, "bits": 8, "group_size": 64, "transform": 2, "head_size": 64}, 64 + 6 * 64),
     ],
 )
 def test_section_bytes_follow_the_format(fields: dict[str, int], size: int):
@@ -79,6 +81,12 @@ def test_section_bytes_follow_the_format(fields: dict[str, int], size: int):
         {"kind": 0, "bits": 16, "group_size": 1},
         {"kind": 0, "bits": 16, "channel": True},
         {"kind": 2, "bits": 4, "group_size": 4},
+        {"kind": 1, "bits": 4, "group_size": 4, "transform": 1},
+        {"kind": 1, "bits": 4, "group_size": 2, "transform": 2},
+        {"kind": 1, "bits": 4, "group_size": 2, "transform": 2, "channel": True, "head_size": 64},
+        {"kind": 1, "bits": 4, "group_size": 2, "transform": 3, "channel": True, "head_size": 64},
+        {"kind": 1, "bits": 4, "group_size": 2, "transform": 1, "channel": True, "head_size": 257},
+        {"kind": 1, "bits": 4, "group_size": 4, "transform": 2, "head_size": 8192},
         {"kind": 5, "bits": 16},
         {"kind": 5, "bits": 8, "group_size": 4},
         {"kind": 5, "bits": 8, "asymmetric": True},

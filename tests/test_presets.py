@@ -9,6 +9,7 @@ from kvcodec.format import parameter_bytes
 from kvcodec.identity import Namespace
 from kvcodec.layout import DType, PageLayout
 from kvcodec.plan import PagePlan
+from kvcodec.section import Transform
 from kvcodec.spec import PRESETS, Axis, CodecSpec
 
 
@@ -34,6 +35,9 @@ PRESET_BYTES = {
     "kv8-channel": 1_949_696,
     "kv4-channel": 1_032_192,
     "kv2-channel": 688_128,
+    "kv4-derotated": 1_032_192,
+    "kv2-derotated": 688_128,
+    "kv4-hadamard": 974_848,
     "high_performance": 3_670_016,
     "balanced": 1_433_600,
     "memory_optimized": 974_848,
@@ -95,6 +99,10 @@ def test_presets_are_what_their_names_say():
         spec = CodecSpec.parse(name)
         digits = [int(digit) for digit in name.partition("-")[0] if digit.isdigit()]
         assert [spec.key.bits, spec.value.bits] == [digits[0], digits[-1]]
-        assert (spec.key.axis is Axis.CHANNEL) == name.endswith("-channel")
+        assert (spec.key.axis is Axis.CHANNEL) == name.endswith(("-channel", "-derotated"))
+        transform = name.rpartition("-")[2].upper()
+        assert spec.key.transform.name == (
+            transform if transform in Transform.__members__ else "NONE"
+        )
         assert spec.value.axis is Axis.TOKEN
         assert not name.endswith("-asym") or (spec.key.asymmetric and spec.value.asymmetric)

@@ -267,6 +267,16 @@ def _ecq() -> Draft:
     return draft.row(kind=2, bits=48, options=0, table=1, group_size=0)
 
 
+def _derotated() -> Iterator[tuple[str, str, bytes]]:
+    channels = replace(GOOD, sections=(bytes(196), bytes(196)))
+    channels = channels.row(group_size=2, options=3).row(1, group_size=2, options=3)
+    draft = channels.row(options=7)
+    yield "derotated-without-rotation", "section", draft.build()
+    for size, reason in ((15, "extensions"), (18, "section")):
+        rotary = extension(2, struct.pack("<HBBI", size, 0, 0, 0) + bytes(2 * size))
+        yield f"derotated-by-{size}", reason, replace(draft, extensions=rotary).build()
+
+
 def _table() -> Iterator[tuple[str, str, bytes]]:
     raw = replace(GOOD, sections=(bytes(68), SECTION))
     raw = raw.row(kind=0, bits=16, options=0, group_size=0)
@@ -284,6 +294,10 @@ def _table() -> Iterator[tuple[str, str, bytes]]:
         "group-size-18-of-17": GOOD.row(group_size=18),
         "group-size-2-of-8": GOOD.row(group_size=2),
         "group-size-max": GOOD.row(group_size=2**32 - 1),
+        "derotated-per-token": GOOD.row(options=5),
+        "hadamard-size-17": GOOD.row(options=9),
+        "hadamard-per-channel": GOOD.row(options=11, group_size=2),
+        "derotated-and-hadamard": GOOD.row(options=13),
         "stored-bytes-0": GOOD.row(stored_bytes=0),
         "stored-bytes-less": GOOD.row(stored_bytes=len(SECTION) - 1),
         "stored-bytes-more": GOOD.row(stored_bytes=len(SECTION) + 1),
@@ -313,8 +327,7 @@ def _table() -> Iterator[tuple[str, str, bytes]]:
     yield "int-of-fp8", "section", replace(GOOD, fixed={"dtype": 4}).build()
     huge = replace(GOOD, streams=(stream(1, size=10**9), stream(2)), fixed={"token_count": 1})
     yield "group-size-billion", "section", huge.row(bits=8, group_size=10**9).build()
-    ones = replace(GOOD, streams=(stream(1, size=10**9), stream(2)), fixed={"token_count": 1})
-    yield "parameters-above-limit", "section", ones.row(bits=8, group_size=1).build()
+    yield "parameters-above-limit", "section", huge.row(bits=8, group_size=1).build()
     yield "section-checksum-0", "section_checksum", GOOD.row(1, checksum=0).build()
     swapped = bytearray(GOOD.build())
     swapped[-256:-128], swapped[-128:] = swapped[-128:], swapped[-256:-128]
@@ -381,7 +394,7 @@ def _unsupported() -> Iterator[tuple[str, str, bytes]]:
     for name, draft in {
         "header": replace(GOOD, fixed={"reserved": bytes(7) + b"\1"}),
         "stream": replace(GOOD, streams=(stream(1), stream(2, reserved=1))),
-        "options-bit-2": GOOD.row(options=5),
+        "options-bit-4": GOOD.row(options=17),
         "options-bit-7": GOOD.row(options=0x81),
         "extension-flag-1": replace(GOOD, extensions=extension(9, flags=2)),
         "extension-flag-15": replace(GOOD, extensions=extension(9, flags=0x8000)),
@@ -393,7 +406,7 @@ def bad_pages() -> list[BadPage]:
     """All of them."""
     pages = []
     corrupt: list[Callable[[], Iterator[tuple[str, str, bytes]]]] = [
-        _length, _header, _streams, _table, _identity, _extensions,
+        _length, _header, _streams, _table, _derotated, _identity, _extensions,
     ]  # fmt: skip
     for make in corrupt:
         pages += [BadPage(n, "CorruptPage", f"corrupt:{what}", page) for n, what, page in make()]

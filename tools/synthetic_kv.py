@@ -213,13 +213,13 @@ def ecq(rows: Bits, codec: EcqCodec) -> tuple[float, Bits]:
     return 8 * size / rows.size, np.concatenate(out, axis=1)
 
 
-def plain(rows: Bits, codec: SectionCodec) -> tuple[float, Bits]:
-    """Bits per element of an int codec, and what it decodes to."""
+def plain(rows: Bits, codec: SectionCodec, rotary: Rotary | None = None) -> tuple[float, Bits]:
+    """Bits per element of an int or fp8 codec, and what it decodes to."""
     size, out = 0, []
     for page in _pages(rows):
-        stored, _ = encode_section(page, DType.BF16, codec)
+        stored, _ = encode_section(page, DType.BF16, codec, rotary)
         size += len(stored)
-        out.append(decode_section(stored, page.shape, DType.BF16, codec))
+        out.append(decode_section(stored, page.shape, DType.BF16, codec, rotary))
     return 8 * size / rows.size, np.concatenate(out, axis=1)
 
 
@@ -235,8 +235,16 @@ def loss(
     return Loss(keys[0], values[0], divergence, float(error.mean()))
 
 
-KIVI_KEY = "int4-channel-asym"
-KIVI_VALUE = "int4-asym-g64"
+#: Name -> codecs of keys and values.
+PLAIN = {
+    "fp8": ("fp8", "fp8"),
+    "kivi g64 4 bit": ("int4-channel-asym", "int4-asym-g64"),
+    "kivi 4, derotated": ("int4-channel-derotated-asym", "int4-asym-g64"),
+    "kivi 2, derotated": ("int2-channel-derotated-asym-g32", "int2-asym-g32"),
+    "int4 asym g64": ("int4-asym-g64", "int4-asym-g64"),
+    "hadamard int4 asym": ("int4-hadamard-asym", "int4-hadamard-asym"),
+    "hadamard int4 g64": ("int4-hadamard-g64", "int4-hadamard-g64"),
+}
 
 
 def main() -> None:
@@ -258,13 +266,11 @@ def main() -> None:
             for rows, axis in zip(cache, (True, False), strict=True)
         ]
         print(f"{name}: lossless keys {ratios[0]:.3f}x, values {ratios[1]:.3f}x")
-        kivi = loss(
-            queries,
-            cache,
-            plain(cache[0], SectionCodec.parse(KIVI_KEY)),
-            plain(cache[1], SectionCodec.parse(KIVI_VALUE)),
-        )
-        rows = [("kivi g64 4 bit", kivi)]
+        rows = []
+        for title, (key, value) in PLAIN.items():
+            keys = plain(cache[0], SectionCodec.parse(key), geometry.rotary)
+            values = plain(cache[1], SectionCodec.parse(value))
+            rows.append((title, loss(queries, cache, keys, values)))
         for nominal in (2.5, 3.0, 3.5, 4.0):
             for rotary in (None, geometry.rotary):
                 keys = ecq(cache[0], EcqCodec(int(16 * nominal), True, rotary))

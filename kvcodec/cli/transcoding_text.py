@@ -110,7 +110,9 @@ def _rotary(options: TranscodeOptions) -> Rotary | None:
     if not options.rotary:
         return None
     if not CodecSpec.load(options.spec).can_derotate:
-        raise ConfigError("--rotary has no effect: no keys are to be stored as ecq per channel")
+        raise ConfigError(
+            "--rotary has no effect: no keys are to be derotated, or stored as ecq per channel"
+        )
     rotary, reason = read_rotary(Path(options.rotary))
     if rotary is None:
         raise ConfigError(f"--rotary {options.rotary!r} has no effect: {reason}")

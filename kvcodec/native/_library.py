@@ -229,12 +229,13 @@ def section_bytes(
     bits: int,
     asymmetric: bool = False,
     channel: bool = False,
+    transform: int = 0,
     group_size: int = 0,
 ) -> int:
     """Exact stored bytes of one section, for a coded one the most it may take, without its padding;
     0 if the combination is not valid.
     """
-    options = asymmetric | channel << 1
+    options = asymmetric | channel << 1 | transform << 2
     numbers = (dtype, head_count, token_count, head_size, kind, bits, options, group_size)
     if not all(0 <= number < 1 << 32 for number in numbers):
         return 0

@@ -35,7 +35,8 @@ class StreamRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """One section: its codec, and where it, its checksum and its size lie in a page.
+    """One section: its codec, and where it, its checksum and its size lie in a page. `transform`:
+    1 is derotated, 2 Hadamard.
 
     Of a coded section `stored_bytes` and `offset` are upper bounds, and `size_offset` is where the
     header says how long it is; of others that is 0.
@@ -45,6 +46,7 @@ class Section:
     bits: int
     asymmetric: bool
     channel: bool
+    transform: int = 0
     group_size: int
     offset: int
     stored_bytes: int
@@ -106,7 +108,7 @@ class Plan:
             (
                 s.kind,
                 s.bits,
-                s.asymmetric | s.channel << 1,
+                s.asymmetric | s.channel << 1 | s.transform << 2,
                 0,
                 s.group_size,
                 s.offset,

@@ -197,12 +197,19 @@ bool kvc_batch::take_sections(const kvc_plan& plan) {
       return false;
     }
     any_coded |= coded;
+    const bool derotated = (section.options & KVC_OPTION_DEROTATED) != 0;
+    if (derotated && (stream.is_rotated == 0 || plan_.rotary == nullptr ||
+                      rotary_.size > stream.head_size)) {
+      return false;
+    }
     const SectionCodec codec{static_cast<uint8_t>(plan.dtype),
                              section.kind,
                              section.bits,
                              (section.options & KVC_OPTION_ASYMMETRIC) != 0,
                              (section.options & KVC_OPTION_CHANNEL) != 0,
-                             section.group_size};
+                             section.group_size,
+                             (section.options & KVC_OPTION_HADAMARD) != 0,
+                             derotated ? &rotary_ : nullptr};
     sections_.push_back({codec, stream_index, stream.layer_stride * (index / plan.stream_count),
                          offset, stored, section.checksum_offset, section.size_offset});
     offset += pad64(stored);

@@ -32,7 +32,13 @@ struct SectionCodec {
   bool asymmetric;
   bool channel;
   uint32_t group_size;
+  bool hadamard = false;
+  const kvc_rotary* derotation = nullptr;  // of derotated rows
 };
+
+inline bool is_transformed(const SectionCodec& codec) {
+  return codec.hadamard || codec.derotation != nullptr;
+}
 
 // Encodes one section: exactly stored_bytes, then zeros up to a multiple of 64. `out` is 64-byte aligned scratch or page
 // memory of that padded size. `next`: the rows the same worker will encode afterwards (for prefetching; never written or

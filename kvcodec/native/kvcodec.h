@@ -43,7 +43,13 @@ enum {
   KVC_KIND_BLOCK = 4,
   KVC_KIND_FP8 = 5       /* e4m3fn without scales; bits 8, no options, no groups */
 };
-enum { KVC_OPTION_ASYMMETRIC = 1, KVC_OPTION_CHANNEL = 2 };
+enum {
+  KVC_OPTION_ASYMMETRIC = 1,
+  KVC_OPTION_CHANNEL = 2,
+  /* Of int sections, one of them at most (proto/FORMAT.md, 3.12). */
+  KVC_OPTION_DEROTATED = 4, /* per channel; the plan has rotary pairs, the stream is rotated and holds them all */
+  KVC_OPTION_HADAMARD = 8   /* per token, head_size a power of two */
+};
 
 /* Result of one page. */
 enum {

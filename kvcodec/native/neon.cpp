@@ -207,8 +207,7 @@ void store_special(uint8_t* target, const uint8x16_t* codes, const Dequantizer& 
   vst1q_u8(plain, codes[0]);
   vst1q_u8(plain + 16, codes[1]);
   for (uint32_t i = 0; i < kHalf; ++i) {
-    store_decoded<Element>(target + 2 * i, plain[i], dequantizer.zero, dequantizer.scale,
-                           dequantizer.bias);
+    store_clamped<Element>(target + 2 * i, decoded_value(plain[i], dequantizer));
   }
 }
 
@@ -276,7 +275,7 @@ void decode_row(const SectionCodec& codec, const uint8_t* source, const uint8_t*
 }
 
 bool is_covered(const SectionCodec& codec, const Rows& rows) {
-  return codec.kind == KVC_KIND_INT && !codec.channel && codec.dtype != KVC_FP32 &&
+  return codec.kind == KVC_KIND_INT && !is_transformed(codec) && !codec.channel && codec.dtype != KVC_FP32 &&
          rows.head_size % kBlock == 0 && codec.group_size % kHalf == 0;
 }
 

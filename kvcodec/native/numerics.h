@@ -223,9 +223,12 @@ inline Dequantizer dequantizer_of(const Parameter& parameter, uint32_t bits, boo
           asymmetric ? 0 : 1 << (bits - 1)};
 }
 
+inline float decoded_value(uint32_t code, const Dequantizer& d) {
+  return d.zero + d.scale * static_cast<float>(static_cast<int32_t>(code) - d.bias);
+}
+
 template <typename Element>
-inline void store_decoded(uint8_t* target, uint32_t code, float zero, float scale, int32_t bias) {
-  float value = zero + scale * static_cast<float>(static_cast<int32_t>(code) - bias);
+inline void store_clamped(uint8_t* target, float value) {
   value = value < -Element::kLargest ? -Element::kLargest : value;
   value = value > Element::kLargest ? Element::kLargest : value;
   Element::store(target, value);

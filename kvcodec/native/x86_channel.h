@@ -42,7 +42,8 @@ struct ChannelShape {
   size_t codes_of(const UnitWalk& unit) const;
 
   static bool covers(const SectionCodec& codec, const Rows& rows) {
-    if (codec.kind != KVC_KIND_INT || !codec.channel || rows.head_size % kChannelMultiple != 0)
+    if (codec.kind != KVC_KIND_INT || is_transformed(codec) || !codec.channel ||
+        rows.head_size % kChannelMultiple != 0)
       return false;
     if (codec.dtype != KVC_BF16 && codec.dtype != KVC_FP16) return false;
     // No word holds codes of two groups.

@@ -67,7 +67,8 @@ struct TokenShape {
   }
 
   static bool covers(const SectionCodec& codec, const Rows& rows) {
-    if (codec.kind != KVC_KIND_INT || codec.channel || rows.head_size > kMaxRowElements)
+    if (codec.kind != KVC_KIND_INT || is_transformed(codec) || codec.channel ||
+        rows.head_size > kMaxRowElements)
       return false;
     if (codec.dtype != KVC_BF16 && codec.dtype != KVC_FP16) return false;
     const uint32_t group = codec.group_size;

@@ -120,7 +120,9 @@ class AdapterOptions:
                 f'in its sequence: set "{_PASS_PREFIX_KEYS}": true as well'
             )
         if "rotary" in extra and not self.can_derotate:
-            raise ConfigError("rotary has no effect: no keys are stored as ecq per channel")
+            raise ConfigError(
+                "rotary has no effect: no keys are derotated, or stored as ecq per channel"
+            )
         if "protected_preset" in extra and not self.protects:
             raise ConfigError(
                 "protected_preset has no effect without residual_length or sink_tokens"
