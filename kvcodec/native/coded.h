@@ -52,6 +52,10 @@ struct Tile {
   uint32_t channel;
   uint32_t tokens;
   uint32_t channels;
+
+  bool has_shape_of(const Tile& other) const {
+    return tokens == other.tokens && channels == other.channels;
+  }
 };
 
 // The tiles of a section in the order of its directory.

@@ -1,38 +1,56 @@
 // Streams of coded sections on AVX-512 with VBMI and VBMI2: a step is one vector of 32 states.
-// Included by avx512.cpp inside its target region and namespace.
+// Included inside the target regions and namespaces of ecq_avx512.cpp and lossless_avx512.cpp.
 //
 // A step depends on the one before it, and takes about 30 cycles from state to state; so the
-// streams of up to four tiles are decoded side by side.
+// streams of up to four tiles are decoded side by side. No branch depends on the data: one step in
+// eight has an escape, and a branch that nobody foresees costs more than looking each time.
 
 constexpr uint32_t kInterleaved = 4;
-constexpr int8_t kEscapeValue = 96;
 constexpr __mmask64 kLowBytes = 0x5555555555555555;
 
-// A static table by vector look-ups: the slot gives the value, the value modulo 64 the rest. Values
-// lie in -31...31, hence the place of the escape is free.
+inline uint32_t smaller_of(uint32_t a, uint32_t b) { return a < b ? a : b; }
+
+KVC_INLINE __mmask32 first_of(uint32_t count) {
+  return static_cast<__mmask32>(_bzhi_u32(~0u, smaller_of(count, 32)));
+}
+
+// Elements of a row. `stream`: they fill lines of the cache.
+KVC_INLINE void store_elements(uint8_t* target, __m512i words, __mmask32 there, bool stream) {
+  if (stream) return _mm512_stream_si512(reinterpret_cast<__m512i*>(target), words);
+  _mm512_mask_storeu_epi16(target, there, words);
+}
+
+// A static table by vector look-ups: the slot gives the value, and the value modulo 64 or 32 the
+// rest. The escape counts as the value behind the last one.
 struct alignas(64) VectorTable {
   int8_t value[256];
   uint8_t rest[64];  // 256 - frequency
   uint8_t cum[64];
+  uint16_t limit[32];  // the largest state that will take a byte
 };
 
 constexpr VectorTable vector_table(const CodingTable& table) {
   VectorTable result{};
   for (int slot = 0; slot < 256; ++slot) {
     const int j = table.slots[slot];
-    const int value = j == table.escape ? kEscapeValue : table.first + j;
+    const int value = table.first + j;
+    const int frequency = table.freq[j];
     result.value[slot] = static_cast<int8_t>(value);
-    result.rest[value & 63] = static_cast<uint8_t>(256 - table.freq[j]);
+    result.rest[value & 63] = static_cast<uint8_t>(256 - frequency);
     result.cum[value & 63] = table.cum[j];
+    // frequency * (x >> 8) + slot - cum < 256. The quotient may be 256.
+    const int limit = 256 / frequency * 256 + table.cum[j] + 256 % frequency - 1;
+    result.limit[value & 31] = static_cast<uint16_t>(limit < 65535 ? limit : 65535);
   }
   return result;
 }
 
+// Values differ modulo 32, and the escape has the last slot to itself.
 constexpr bool fits_vector_table(const CodingTable& table) {
-  return table.first >= -31 && table.first + table.escape - 1 <= 31;
+  return table.escape < 32 && table.freq[table.escape] == 1 && table.slots[255] == table.escape;
 }
 
-// What a step takes and where its values go, in one word.
+// What a step of a writer takes and where its values are, in one word.
 struct StreamStep {
   uint64_t word;
 
@@ -50,24 +68,40 @@ struct StreamStep {
   uint32_t count() const { return static_cast<uint32_t>(word >> 48); }
 };
 
-// What becomes of the integers of a step.
-enum class Emit {
-  kTrellis,  // ecq: half steps, as bytes
-  kBytes,    // the integers modulo 256
-  kWords     // the integers
+// A sequence to read: where its table lies in the tables (bytes), its shift, and the line of the
+// tile that it is.
+struct LineCode {
+  uint32_t word;
+
+  explicit LineCode(uint32_t packed) : word(packed) {}
+
+  static constexpr uint32_t pack(uint32_t table, uint32_t shift, uint32_t line) {
+    return table | shift << 16 | line << 24;
+  }
+  uint32_t table() const { return word & 0xFFFF; }
+  uint32_t shift() const { return word >> 16 & 0xFF; }
+  uint32_t line() const { return word >> 24; }
+};
+
+// All sequences that are read together have one length.
+struct LineShape {
+  uint32_t steps;
+  uint32_t elements;
+  __mmask32 last;  // lanes of the last step
+
+  explicit LineShape(uint32_t count)
+      : steps((count + kStreamLanes - 1) / kStreamLanes),
+        elements(count),
+        last(first_of(count - kStreamLanes * (steps - 1))) {}
 };
 
 struct TileStream {
   const uint8_t* at;
   const uint8_t* end;
-  const uint64_t* step;
-  uint32_t steps;
-  void* out;
-  bool masked;   // some step has fewer than 32 lanes
-  bool shifted;  // some step has raw bits
+  const uint32_t* codes;  // LineCode
+  uint32_t lines;
+  bool shifted;  // some line has raw bits
   __m512i x;
-  __m512i o;
-  __m512i q;
 
   // False: too short, or a state that no writer leaves.
   bool start(const uint8_t* begin, const uint8_t* stream_end) {
@@ -75,8 +109,13 @@ struct TileStream {
     at = begin + kStateBytes;
     end = stream_end;
     x = _mm512_loadu_si512(begin);
-    o = q = _mm512_setzero_si512();
     return _mm512_cmplt_epu16_mask(x, _mm512_set1_epi16(kFirstState)) == 0;
+  }
+
+  void plan(const uint32_t* line_codes, uint32_t count, bool has_raw_bits) {
+    codes = line_codes;
+    lines = count;
+    shifted = has_raw_bits;
   }
 
   bool finished() const {
@@ -84,8 +123,8 @@ struct TileStream {
   }
 };
 
-KVC_INLINE __m512i next_bytes(const uint8_t* at) {
-  return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+KVC_INLINE __m256i next_bytes(const uint8_t* at) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
 }
 
 // `value << shift | raw bits`, where the low byte of each word counts; advances `*at`.
@@ -105,120 +144,161 @@ KVC_INLINE __m512i add_raw_bits(__m512i value, uint32_t shift, const uint8_t** a
   return value;
 }
 
-// One step of one stream. False: the stream ended too early. At most 32 + 32 + 16 bytes are taken;
-// each of the three is read from a place not more than 32 bytes behind the end, which lies in the
-// guard.
-template <Emit kEmit, bool kShift, bool kMasked>
-KVC_INLINE bool take_step(const uint8_t* tables, TileStream& s) {
-  const StreamStep step(*s.step++);
-  if (__builtin_expect(s.at > s.end, false)) return false;
-  const uint8_t* table = tables + step.table();
-  const __mmask32 active = kMasked ? static_cast<__mmask32>(_bzhi_u32(~0u, step.count())) : ~0u;
-  const __m512i x = s.x;
-  const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(table), x,
-                                               _mm512_load_si512(table + 64));
-  const __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(table + 128), x,
-                                                _mm512_load_si512(table + 192));
-  __m512i value = _mm512_mask_mov_epi8(low, _mm512_movepi8_mask(x), high);
-  const __m512i rest =
-      _mm512_maskz_permutexvar_epi8(kLowBytes, value, _mm512_load_si512(table + 256));
-  const __m512i cum =
-      _mm512_maskz_permutexvar_epi8(kLowBytes, value, _mm512_load_si512(table + 320));
-  // frequency * (x >> 8) + slot - cum
-  __m512i y = _mm512_sub_epi16(_mm512_sub_epi16(x, cum),
-                               _mm512_mullo_epi16(_mm512_srli_epi16(x, 8), rest));
-  if (kMasked) y = _mm512_mask_mov_epi16(x, active, y);
-  const __mmask32 small = _mm512_cmplt_epu16_mask(y, _mm512_set1_epi16(256));
-  const __m512i bytes = _mm512_maskz_expand_epi16(small, next_bytes(s.at));
-  s.x = _mm512_or_si512(_mm512_mask_slli_epi16(y, small, y, 8), bytes);
-  s.at += __builtin_popcount(small);
-  const __mmask64 escapes =
-      _mm512_mask_cmpeq_epi8_mask(kLowBytes, value, _mm512_set1_epi8(kEscapeValue));
-  if (__builtin_expect(escapes != 0, false)) {
-    const __mmask32 escaped = static_cast<__mmask32>(_pext_u64(escapes, kLowBytes)) & active;
-    if (s.at > s.end) return false;
-    value = _mm512_mask_expand_epi16(value, escaped, next_bytes(s.at));
-    s.at += __builtin_popcount(escaped);
+// One of the streams that are read side by side. A sink takes what is read:
+//
+//   kWords                            it wants integers of 16 bits; else only their low bytes count
+//   Line line(index)                  what it needs to know of a line
+//   put<kMasked>(line, step, integers, active)
+template <typename Sink, bool kShift, bool kMasked>
+struct Reader {
+  TileStream stream;
+  Sink sink;
+  typename Sink::Line line;
+  const uint8_t* table;
+  uint32_t shift;
+
+  Reader(const TileStream& from, const Sink& to) : stream(from), sink(to) {}
+
+  KVC_INLINE void start_line(const uint8_t* tables) {
+    const LineCode code(*stream.codes++);
+    table = tables + code.table();
+    shift = code.shift();
+    line = sink.line(code.line());
   }
-  if (kEmit == Emit::kWords)
-    value = _mm512_srai_epi16(_mm512_slli_epi16(value, 8), 8);
-  if (kShift) value = add_raw_bits(value, step.shift(), &s.at);
-  if (kEmit == Emit::kWords) {
-    _mm512_storeu_si512(static_cast<int16_t*>(s.out) + step.out(), value);
+
+  // False: the stream ended too early. Bytes of states and of escapes are read up to 64 bytes
+  // behind the end, which lies in the guard; raw bits only before the end, where they are at most
+  // 16 bytes.
+  KVC_INLINE bool take_step(uint32_t step, __mmask32 active) {
+    TileStream& s = stream;
+    if (__builtin_expect(s.at > s.end, false)) return false;
+    const __m512i x = s.x;
+    const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(table), x,
+                                                 _mm512_load_si512(table + 64));
+    const __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(table + 128), x,
+                                                  _mm512_load_si512(table + 192));
+    __m512i value = _mm512_mask_mov_epi8(low, _mm512_movepi8_mask(x), high);
+    const __m512i limit = _mm512_permutexvar_epi16(value, _mm512_load_si512(table + 384));
+    __mmask32 small = _mm512_cmple_epu16_mask(x, limit);
+    __mmask64 escaped = _mm512_mask_cmpeq_epi8_mask(kLowBytes, x, _mm512_set1_epi8(-1));
+    if (kMasked) {
+      small &= active;
+      escaped &= _pdep_u64(active, kLowBytes);
+    }
+    const __m512i rest =
+        _mm512_maskz_permutexvar_epi8(kLowBytes, value, _mm512_load_si512(table + 256));
+    const __m512i cum =
+        _mm512_maskz_permutexvar_epi8(kLowBytes, value, _mm512_load_si512(table + 320));
+    // frequency * (x >> 8) + slot - cum
+    __m512i y = _mm512_sub_epi16(_mm512_sub_epi16(x, cum),
+                                 _mm512_mullo_epi16(_mm512_srli_epi16(x, 8), rest));
+    if (kMasked) y = _mm512_mask_mov_epi16(x, active, y);
+    const __m512i bytes =
+        _mm512_maskz_expand_epi16(small, _mm512_cvtepu8_epi16(next_bytes(s.at)));
+    s.x = _mm512_or_si512(_mm512_mask_slli_epi16(y, small, y, 8), bytes);
+    s.at += __builtin_popcount(small);
+    value = _mm512_mask_expand_epi8(value, escaped, _mm512_castsi256_si512(next_bytes(s.at)));
+    s.at += __builtin_popcountll(escaped);
+    if (Sink::kWords) value = _mm512_srai_epi16(_mm512_slli_epi16(value, 8), 8);
+    if (kShift) {
+      if (__builtin_expect(s.at > s.end, false)) return false;
+      value = add_raw_bits(value, shift, &s.at);
+    }
+    sink.template put<kMasked>(line, step, value, active);
     return true;
   }
-  if (kEmit == Emit::kTrellis) {
-    // (o, q) = (q xor (k & 1), o)
-    const __m512i next = _mm512_ternarylogic_epi64(s.q, value, _mm512_set1_epi16(1), 0x78);
-    value = _mm512_add_epi16(_mm512_add_epi16(value, value), s.o);
-    s.q = kMasked ? _mm512_mask_mov_epi16(s.q, active, s.o) : s.o;
-    s.o = kMasked ? _mm512_mask_mov_epi16(s.o, active, next) : next;
-  }
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint8_t*>(s.out) + step.out()),
-                      _mm512_cvtepi16_epi8(value));
-  return true;
-}
+};
 
-// `count` steps of each of the first kStreams streams.
-template <uint32_t kStreams, Emit kEmit, bool kShift, bool kMasked>
-bool take_steps(const void* all_tables, TileStream** streams, uint32_t count) {
+// `count` lines of each of the first kStreams streams.
+template <uint32_t kStreams, bool kShift, bool kMasked, typename Sink>
+bool take_lines(const void* all_tables, const LineShape& shape, TileStream** streams, Sink** sinks,
+                uint32_t count, SectionBehind* behind) {
+  using R = Reader<Sink, kShift, kMasked>;
   const uint8_t* tables = static_cast<const uint8_t*>(all_tables);
-  TileStream a = *streams[0];
-  TileStream b = *streams[kStreams > 1 ? 1 : 0];
-  TileStream c = *streams[kStreams > 2 ? 2 : 0];
-  TileStream d = *streams[kStreams > 3 ? 3 : 0];
+  R a(*streams[0], *sinks[0]);
+  R b(*streams[kStreams > 1 ? 1 : 0], *sinks[kStreams > 1 ? 1 : 0]);
+  R c(*streams[kStreams > 2 ? 2 : 0], *sinks[kStreams > 2 ? 2 : 0]);
+  R d(*streams[kStreams > 3 ? 3 : 0], *sinks[kStreams > 3 ? 3 : 0]);
+  const uint32_t steps = shape.steps;
   for (uint32_t i = 0; i < count; ++i) {
-    bool sound = take_step<kEmit, kShift, kMasked>(tables, a);
-    if (kStreams > 1) sound &= take_step<kEmit, kShift, kMasked>(tables, b);
-    if (kStreams > 2) sound &= take_step<kEmit, kShift, kMasked>(tables, c);
-    if (kStreams > 3) sound &= take_step<kEmit, kShift, kMasked>(tables, d);
-    if (__builtin_expect(!sound, false)) return false;
+    behind->fetch(kStreams * shape.elements);
+    a.start_line(tables);
+    if (kStreams > 1) b.start_line(tables);
+    if (kStreams > 2) c.start_line(tables);
+    if (kStreams > 3) d.start_line(tables);
+    for (uint32_t step = 0; step < steps; ++step) {
+      const __mmask32 active = kMasked && step + 1 == steps ? shape.last : ~0u;
+      bool sound = a.take_step(step, active);
+      if (kStreams > 1) sound &= b.take_step(step, active);
+      if (kStreams > 2) sound &= c.take_step(step, active);
+      if (kStreams > 3) sound &= d.take_step(step, active);
+      if (__builtin_expect(!sound, false)) return false;
+    }
   }
-  *streams[0] = a;
-  if (kStreams > 1) *streams[1] = b;
-  if (kStreams > 2) *streams[2] = c;
-  if (kStreams > 3) *streams[3] = d;
+  const auto put_back = [&](const R& reader, uint32_t i) {
+    *streams[i] = reader.stream;
+    *sinks[i] = reader.sink;
+  };
+  put_back(a, 0);
+  if (kStreams > 1) put_back(b, 1);
+  if (kStreams > 2) put_back(c, 2);
+  if (kStreams > 3) put_back(d, 3);
   return true;
 }
 
-template <Emit kEmit, bool kShift, bool kMasked>
-bool take_steps_of(const void* tables, TileStream** streams, uint32_t stream_count,
-                   uint32_t count) {
+template <bool kShift, bool kMasked, typename Sink>
+bool take_lines_of(const void* tables, const LineShape& shape, TileStream** streams, Sink** sinks,
+                   uint32_t stream_count, uint32_t count, SectionBehind* behind) {
   switch (stream_count) {
     case 4:
-      return take_steps<4, kEmit, kShift, kMasked>(tables, streams, count);
+      return take_lines<4, kShift, kMasked>(tables, shape, streams, sinks, count, behind);
     case 3:
-      return take_steps<3, kEmit, kShift, kMasked>(tables, streams, count);
+      return take_lines<3, kShift, kMasked>(tables, shape, streams, sinks, count, behind);
     case 2:
-      return take_steps<2, kEmit, kShift, kMasked>(tables, streams, count);
+      return take_lines<2, kShift, kMasked>(tables, shape, streams, sinks, count, behind);
     default:
-      return take_steps<1, kEmit, kShift, kMasked>(tables, streams, count);
+      return take_lines<1, kShift, kMasked>(tables, shape, streams, sinks, count, behind);
   }
 }
 
-// All steps of up to kInterleaved streams, side by side as long as there are several.
-template <Emit kEmit>
-bool run_streams(const void* tables, TileStream* streams, uint32_t stream_count) {
+// All lines of up to kInterleaved streams, side by side as long as there are several.
+template <typename Sink>
+bool run_streams(const void* tables, const LineShape& shape, TileStream* streams, Sink* sinks,
+                 uint32_t stream_count, SectionBehind* behind) {
   for (;;) {
     TileStream* running[kInterleaved];
+    Sink* taking[kInterleaved];
     uint32_t count = 0;
-    uint32_t steps = UINT32_MAX;
-    bool masked = false;
+    uint32_t lines = UINT32_MAX;
     bool shifted = false;
     for (uint32_t i = 0; i < stream_count; ++i) {
       TileStream& stream = streams[i];
-      if (stream.steps == 0) continue;
+      if (stream.lines == 0) continue;
+      taking[count] = &sinks[i];
       running[count++] = &stream;
-      steps = stream.steps < steps ? stream.steps : steps;
-      masked |= stream.masked;
+      lines = stream.lines < lines ? stream.lines : lines;
       shifted |= stream.shifted;
     }
     if (count == 0) return true;
-    for (uint32_t i = 0; i < count; ++i) running[i]->steps -= steps;
-    const bool sound =
-        masked    ? take_steps_of<kEmit, true, true>(tables, running, count, steps)
-        : shifted ? take_steps_of<kEmit, true, false>(tables, running, count, steps)
-                  : take_steps_of<kEmit, false, false>(tables, running, count, steps);
-    if (!sound) return false;
+    for (uint32_t i = 0; i < count; ++i) running[i]->lines -= lines;
+    const auto take = shape.last != ~0u ? take_lines_of<true, true, Sink>
+                      : shifted         ? take_lines_of<true, false, Sink>
+                                        : take_lines_of<false, false, Sink>;
+    if (!take(tables, shape, running, taking, count, lines, behind)) return false;
   }
 }
+
+// Takes integers as they are. Writes whole steps.
+struct WordSink {
+  static constexpr bool kWords = true;
+  struct Line {};
+
+  int16_t* out;
+
+  KVC_INLINE Line line(uint32_t) const { return {}; }
+
+  template <bool kMasked>
+  KVC_INLINE void put(const Line&, uint32_t step, __m512i value, __mmask32) const {
+    _mm512_store_si512(out + kStreamLanes * step, value);
+  }
+};

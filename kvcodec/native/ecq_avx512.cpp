@@ -36,6 +36,7 @@ namespace {
 
 #include "avx512_token.h"
 #include "coded_avx512.h"
+#include "turn_avx512.h"
 #include "ecq_avx512.h"
 #include "coded_avx512_writer.h"
 #include "ecq_avx512_search.h"

@@ -105,35 +105,19 @@ struct BlockWriter {
   }
 };
 
-// Elements from their high and low bytes.
-template <typename Element, bool kStream>
-struct ElementStore {
-  static KVC_INLINE void join(__m512i high, __m512i low, uint8_t* target) {
-    put_in_order(&high, &low);
-    store(target, _mm512_unpacklo_epi8(low, high));
-    store(target + 64, _mm512_unpackhi_epi8(low, high));
-  }
-
-  // The first 32 of them.
-  static KVC_INLINE void join_half(__m512i high, __m512i low, uint8_t* target) {
-    put_in_order(&high, &low);
-    store(target, _mm512_unpacklo_epi8(low, high));
-  }
-
- private:
+// 64 elements from their high and low bytes.
+template <typename Element>
+KVC_INLINE void join_bytes(__m512i high, __m512i low, __m512i* first, __m512i* second) {
   // Unpacking works in each quarter of a vector: its lower half makes the first 32 elements.
-  static KVC_INLINE void put_in_order(__m512i* high, __m512i* low) {
-    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-    *high = _mm512_permutexvar_epi64(order, *high);
-    *low = _mm512_permutexvar_epi64(order, *low);
-  }
-
-  static KVC_INLINE void store(uint8_t* target, __m512i words) {
-    if (Element::kRotated) words = _mm512_shrdi_epi16(words, words, 1);
-    if (kStream) return _mm512_stream_si512(reinterpret_cast<__m512i*>(target), words);
-    _mm512_storeu_si512(target, words);
-  }
-};
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  high = _mm512_permutexvar_epi64(order, high);
+  low = _mm512_permutexvar_epi64(order, low);
+  *first = _mm512_unpacklo_epi8(low, high);
+  *second = _mm512_unpackhi_epi8(low, high);
+  if (!Element::kRotated) return;
+  *first = _mm512_shrdi_epi16(*first, *first, 1);
+  *second = _mm512_shrdi_epi16(*second, *second, 1);
+}
 
 template <typename Element>
 struct BlockReader {
@@ -159,7 +143,16 @@ struct BlockReader {
       high = _mm512_mask_add_epi8(high, bit9, high, _mm512_set1_epi8(2));
       high = _mm512_mask_add_epi8(high, bit8, high, _mm512_set1_epi8(1));
     }
-    ElementStore<Element, kStream>::join(high, _mm512_loadu_si512(low_bytes), target);
+    __m512i first;
+    __m512i second;
+    join_bytes<Element>(high, _mm512_loadu_si512(low_bytes), &first, &second);
+    if (kStream) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(target), first);
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(target + 64), second);
+    } else {
+      _mm512_storeu_si512(target, first);
+      _mm512_storeu_si512(target + 64, second);
+    }
     return escapes + __builtin_popcountll(escaped);
   }
 };
@@ -196,14 +189,9 @@ size_t encode_lossless_avx512(const SectionCodec& codec, const Rows& rows, uint8
 bool decode_lossless_avx512(const SectionCodec& codec, const uint8_t* in, size_t stored_bytes,
                             const Rows& rows, uint8_t* scratch) {
   LosslessScratch& work = *reinterpret_cast<LosslessScratch*>(scratch);
-  const bool stream = rows_aligned(rows, size_t{2} * rows.head_size, 64);
-  const auto decode =
-      codec.dtype == KVC_BF16
-          ? (stream ? decode_coded_rows<Bf16Bytes, true> : decode_coded_rows<Bf16Bytes, false>)
-          : (stream ? decode_coded_rows<Fp16Bytes, true> : decode_coded_rows<Fp16Bytes, false>);
-  const bool whole = decode(codec, in, stored_bytes, rows, work);
-  if (stream) _mm_sfence();
-  return whole;
+  return codec.dtype == KVC_BF16
+             ? decode_coded_rows<Bf16Bytes>(codec, in, stored_bytes, rows, work)
+             : decode_coded_rows<Fp16Bytes>(codec, in, stored_bytes, rows, work);
 }
 
 }  // namespace kvc

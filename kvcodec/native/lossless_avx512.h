@@ -1,8 +1,9 @@
 // Coded exponents on AVX-512 with VBMI and VBMI2, proto/FORMAT.md 3.8: decoding. Included by
 // lossless_avx512.cpp inside its target region and namespace, after coded_avx512.h.
 //
-// Up to four tiles at a time: their streams become bytes in the worker's scratch, line by line as
-// the stream has them; then these and the plane become rows.
+// Up to four tiles at a time. Lines that are tokens become rows as they are read. Those that are
+// channels become bytes in the worker's scratch, and when the tile is complete these and the plane
+// become rows.
 
 struct LosslessTables {
   VectorTable scale[kScaleTables];
@@ -27,26 +28,11 @@ constexpr bool lossless_tables_fit() {
   return true;
 }
 
-static_assert(lossless_tables_fit(), "values lie in -31...31");
+static_assert(lossless_tables_fit(), "fewer than 32 symbols, the last one rare");
+static_assert(sizeof(LosslessTables) <= 65536, "LineCode has 16 bits");
 constexpr LosslessTables kVectorTables = lossless_tables();
 
-struct LosslessWork {
-  uint64_t steps[kMaxTileSteps];
-  alignas(64) int16_t scales[kTileChannels];
-  // Of each line: the exponent that its integers count down from, in place for high_bytes().
-  alignas(64) uint8_t base[kTileChannels];
-  // Lines kTileTokens or kTileChannels apart. Behind them the rest of a block that is turned.
-  alignas(64) uint8_t lines[kTileElements + kTurnedBytes];
-};
-
-struct LosslessScratch {
-  LosslessWork work[kInterleaved];
-  alignas(64) uint8_t turned[4 * kTurnedBytes];
-};
-static_assert(sizeof(LosslessScratch) <= kCodedScratchBytes, "a worker's memory");
-
-// ---- streams
-
+// The steps of a writer.
 inline uint64_t* plan_steps(size_t table, uint32_t shift, uint32_t out, uint32_t count,
                             uint64_t* step) {
   for (uint32_t at = 0; at < count; at += 32) {
@@ -57,43 +43,117 @@ inline uint64_t* plan_steps(size_t table, uint32_t shift, uint32_t out, uint32_t
   return step;
 }
 
-inline void plan_scales(const LosslessShape& shape, const TileEntry& entry, LosslessWork& work,
-                        TileStream& stream) {
-  const CodeClass coding = code_class(entry.scale_class);
-  const size_t table = offsetof(LosslessTables, scale) + coding.table * sizeof(VectorTable);
-  uint64_t* end = plan_steps(table, coding.shift, 0, shape.lines, work.steps);
-  stream.step = work.steps;
-  stream.steps = static_cast<uint32_t>(end - work.steps);
-  stream.out = work.scales;
-  stream.masked = shape.lines % 32 != 0;
-  stream.shifted = coding.shift != 0;
+struct LosslessWork {
+  alignas(64) uint32_t codes[kTileChannels + 16];
+  alignas(64) int16_t scales[kTileChannels];
+  // Of each line: the exponent that its integers count down from, where high_bytes() wants it.
+  alignas(64) uint8_t base[kTileChannels];
+  // Lines of channels, kTileTokens apart. Behind them the rest of a block that is turned.
+  alignas(64) uint8_t lines[kTileElements + 4 * kTurnedBytes];
+};
+
+struct LosslessScratch {
+  LosslessWork work[kInterleaved];
+  alignas(64) uint8_t turned[kTileChannels / kTurnedLines * kTurnedBytes];
+};
+static_assert(sizeof(LosslessScratch) <= kCodedScratchBytes, "a worker's memory");
+
+// The rows of a tile, and its part of the plane.
+struct LosslessTarget {
+  uint8_t* row = nullptr;  // nullptr: only look
+  int64_t row_stride = 0;
+  const uint8_t* plane = nullptr;
+  uint32_t plane_stride = 0;
+  bool stream = false;  // stores are whole lines of the cache
+
+  LosslessTarget() = default;
+  LosslessTarget(const Rows& rows, const Tile& tile, const uint8_t* section_plane, bool whole_lines)
+      : row(rows.base == nullptr ? nullptr
+                                 : rows.row(tile.head, tile.token) + 2 * size_t{tile.channel}),
+        row_stride(rows.token_stride),
+        plane(section_plane + tile.channel +
+              (size_t{tile.head} * rows.token_count + tile.token) * rows.head_size),
+        plane_stride(rows.head_size),
+        stream(whole_lines) {}
+
+  uint8_t* row_of(uint32_t token) const { return row + token * row_stride; }
+  const uint8_t* plane_of(uint32_t token) const { return plane + size_t{token} * plane_stride; }
+};
+
+// ---- lines that are tokens
+
+// High bytes of elements, in place. `base`: in the high bytes.
+template <typename Element>
+KVC_INLINE __m512i high_halves(__m512i base, __m512i value) {
+  const __m512i upper = _mm512_slli_epi16(value, 8);
+  if (Element::kRawBits == 0) return _mm512_sub_epi16(base, upper);
+  const __m512i difference =
+      _mm512_sub_epi16(base, _mm512_and_si512(upper, _mm512_set1_epi16(-0x0800)));
+  const __m512i exponent =
+      _mm512_and_si512(_mm512_srli_epi16(difference, 1), _mm512_set1_epi16(0x7C00));
+  const __m512i sign = _mm512_and_si512(_mm512_slli_epi16(value, 13), _mm512_set1_epi16(-0x8000));
+  const __m512i rest = _mm512_and_si512(upper, _mm512_set1_epi16(0x0300));
+  return _mm512_ternarylogic_epi64(exponent, sign, rest, 0xFE);
 }
 
 template <typename Element>
-void plan_elements(const LosslessShape& shape, const TileEntry& entry, uint32_t stride,
-                   LosslessWork& work, TileStream& stream) {
-  uint64_t* step = work.steps;
-  for (uint32_t line = 0; line < shape.lines; ++line) {
-    const int32_t s = static_cast<int8_t>(work.scales[line]);
-    if (s == kEmptyGroup) {
-      work.base[line] = 0;
-      memset(work.lines + line * stride, 0, shape.elements);
-      continue;
-    }
-    const int32_t e = 4 * entry.reference - s;
-    work.base[line] = static_cast<uint8_t>(static_cast<uint32_t>(e >> 2) << Element::kRawBits);
-    const size_t table = 4 * entry.family + (static_cast<uint32_t>(e) & 3);
-    step = plan_steps(offsetof(LosslessTables, exponent) + table * sizeof(VectorTable),
-                      Element::kRawBits, line * stride, shape.elements, step);
-  }
-  stream.step = work.steps;
-  stream.steps = static_cast<uint32_t>(step - work.steps);
-  stream.out = work.lines;
-  stream.masked = shape.elements % 32 != 0;
-  stream.shifted = Element::kRawBits != 0;
-}
+struct TokenSink {
+  static constexpr bool kWords = false;
+  struct Line {
+    uint8_t* row;
+    const uint8_t* plane;
+    __m512i base;
+  };
 
-// ---- rows
+  LosslessTarget target;
+  const uint8_t* base;
+
+  KVC_INLINE Line line(uint32_t index) const {
+    return {target.row_of(index), target.plane_of(index),
+            _mm512_maskz_set1_epi8(~kLowBytes, static_cast<char>(base[index]))};
+  }
+
+  template <bool kMasked>
+  KVC_INLINE void put(const Line& line, uint32_t step, __m512i value, __mmask32 active) const {
+    const uint8_t* plane = line.plane + kStreamLanes * step;
+    const __m256i bytes =
+        kMasked ? _mm256_maskz_loadu_epi8(active, plane)
+                : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(plane));
+    __m512i words = _mm512_add_epi16(high_halves<Element>(line.base, value),
+                                     _mm512_cvtepu8_epi16(bytes));
+    if (Element::kRotated) words = _mm512_shrdi_epi16(words, words, 1);
+    store_elements(line.row + 2 * kStreamLanes * step, words, active, target.stream);
+  }
+
+  // A row of which the stream has nothing.
+  void put_empty(uint32_t index, const LineShape& shape) const {
+    const Line empty = line(index);
+    for (uint32_t step = 0; step < shape.steps; ++step) {
+      const __mmask32 active = step + 1 == shape.steps ? shape.last : ~0u;
+      put<true>(empty, step, _mm512_setzero_si512(), active);
+    }
+  }
+};
+
+// ---- lines that are channels
+
+// A byte of each integer, line by line.
+struct ByteSink {
+  static constexpr bool kWords = false;
+  using Line = uint8_t*;
+
+  uint8_t* lines;
+
+  KVC_INLINE Line line(uint32_t index) const { return lines + index * kTileTokens; }
+
+  template <bool kMasked>
+  KVC_INLINE void put(Line line, uint32_t step, __m512i value, __mmask32) const {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(line + kStreamLanes * step),
+                       _mm512_cvtepi16_epi8(value));
+  }
+
+  void put_empty(uint32_t index, const LineShape&) const { memset(line(index), 0, kTileTokens); }
+};
 
 // High bytes of elements from their bases and the bytes of the stream.
 template <typename Element>
@@ -108,20 +168,6 @@ KVC_INLINE __m512i high_bytes(__m512i base, __m512i value) {
   return _mm512_ternarylogic_epi64(exponent, sign, rest, 0xFE);
 }
 
-// 64 elements or the `count` that there are. With kStream they are a multiple of 32.
-template <typename Element, bool kStream>
-KVC_INLINE void store_high_bytes(__m512i high, const uint8_t* low_bytes, uint32_t count,
-                                 uint8_t* target) {
-  using Store = ElementStore<Element, kStream>;
-  if (count >= 64)
-    return Store::join(high, _mm512_loadu_si512(low_bytes), target);
-  const __m512i low = _mm512_maskz_loadu_epi8(_bzhi_u64(~uint64_t{0}, count), low_bytes);
-  if (kStream) return Store::join_half(high, low, target);
-  alignas(64) uint8_t elements[128];
-  ElementStore<Element, false>::join(high, low, elements);
-  memcpy(target, elements, 2 * count);
-}
-
 // A column of 64, see turn_lines().
 KVC_INLINE __m512i load_turned(const uint8_t* turned) {
   const auto* piece = reinterpret_cast<const __m128i*>(turned);
@@ -132,83 +178,149 @@ KVC_INLINE __m512i load_turned(const uint8_t* turned) {
   return _mm512_inserti64x2(value, _mm_load_si128(piece + 3 * kApart), 3);
 }
 
-template <typename Element, bool kStream>
-void store_channels(const Rows& rows, const Tile& tile, const LosslessWork& work, uint8_t* turned,
-                    const uint8_t* plane, SectionBehind& behind) {
-  for (uint32_t c = 0; c < tile.channels; c += 64) {
-    const uint32_t count = tile.channels - c;
-    for (uint32_t i = 0; i < 4; ++i) {
-      if (16 * i < count)
-        turn_lines(work.lines + (c + 16 * i) * kTileTokens, turned + i * kTurnedBytes);
-    }
-    const __m512i base = _mm512_load_si512(work.base + c);
-    uint8_t* target = rows.row(tile.head, tile.token) + 2 * (size_t{tile.channel} + c);
-    const uint8_t* low = plane + c;
-    for (uint32_t t = 0; t < tile.tokens; ++t) {
-      behind.fetch(count < 64 ? count : 64);
-      const __m512i value = load_turned(turned + turned_place(t));
-      store_high_bytes<Element, kStream>(high_bytes<Element>(base, value), low, count, target);
-      target += rows.token_stride;
-      low += rows.head_size;
-    }
-  }
-}
-
-template <typename Element, bool kStream>
-void store_tokens(const Rows& rows, const Tile& tile, const LosslessWork& work,
-                  const uint8_t* plane, SectionBehind& behind) {
-  uint8_t* target = rows.row(tile.head, tile.token) + 2 * size_t{tile.channel};
+template <typename Element>
+void store_channels(const LosslessTarget& target, const Tile& tile, const LosslessWork& work,
+                    uint8_t* turned) {
+  const uint32_t blocks = (tile.channels + kTurnedLines - 1) / kTurnedLines;
+  for (uint32_t i = 0; i < blocks; ++i)
+    turn_lines(work.lines + i * kTurnedLines * kTileTokens, turned + i * kTurnedBytes);
   for (uint32_t t = 0; t < tile.tokens; ++t) {
-    behind.fetch(tile.channels);
-    const __m512i base = _mm512_set1_epi8(static_cast<char>(work.base[t]));
-    const uint8_t* line = work.lines + t * kTileChannels;
+    uint8_t* row = target.row_of(t);
+    const uint8_t* plane = target.plane_of(t);
     for (uint32_t c = 0; c < tile.channels; c += 64) {
-      const __m512i high = high_bytes<Element>(base, _mm512_load_si512(line + c));
-      store_high_bytes<Element, kStream>(high, plane + c, tile.channels - c, target + 2 * c);
+      const uint32_t count = tile.channels - c;
+      const __m512i base = _mm512_load_si512(work.base + c);
+      const __m512i value =
+          load_turned(turned + c / kTurnedLines * kTurnedBytes + turned_place(t));
+      const __m512i low = _mm512_maskz_loadu_epi8(_bzhi_u64(~uint64_t{0}, count < 64 ? count : 64),
+                                                  plane + c);
+      __m512i first;
+      __m512i second;
+      join_bytes<Element>(high_bytes<Element>(base, value), low, &first, &second);
+      store_elements(row + 2 * c, first, first_of(count), target.stream);
+      if (count > 32)
+        store_elements(row + 2 * c + 64, second, first_of(count - 32), target.stream);
     }
-    target += rows.token_stride;
-    plane += rows.head_size;
   }
 }
 
-template <typename Element, bool kStream>
+// ---- tiles
+
+// Leaves the sequences of all lines in `work`, but for those that are empty.
+template <typename Element, typename Sink>
+void plan_elements(uint32_t lines, const LineShape& shape, const TileEntry& entry,
+                   LosslessWork& work, const Sink& sink, TileStream& stream) {
+  const __m512i reference = _mm512_set1_epi32(4 * entry.reference);
+  const __m512i place = _mm512_slli_epi32(
+      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 24);
+  uint32_t count = 0;
+  for (uint32_t i = 0; i < lines; i += 16) {
+    const __m512i words = _mm512_cvtepi16_epi32(
+        _mm256_load_si256(reinterpret_cast<const __m256i*>(work.scales + i)));
+    const __m512i scale = _mm512_srai_epi32(_mm512_slli_epi32(words, 24), 24);
+    const __mmask16 there = static_cast<__mmask16>(first_of(lines - i));
+    const __mmask16 empty =
+        _mm512_mask_cmpeq_epi32_mask(there, scale, _mm512_set1_epi32(kEmptyGroup));
+    const __m512i e = _mm512_sub_epi32(reference, scale);
+    const __m512i exponent = _mm512_maskz_srai_epi32(static_cast<__mmask16>(~empty), e, 2);
+    _mm_store_si128(reinterpret_cast<__m128i*>(work.base + i),
+                    _mm512_cvtepi32_epi8(_mm512_slli_epi32(exponent, Element::kRawBits)));
+    const __m512i table = _mm512_mullo_epi32(_mm512_and_si512(e, _mm512_set1_epi32(3)),
+                                             _mm512_set1_epi32(sizeof(VectorTable)));
+    const uint32_t first =
+        static_cast<uint32_t>(offsetof(LosslessTables, exponent) +
+                              4 * entry.family * sizeof(VectorTable));
+    const __m512i rest = _mm512_set1_epi32(
+        static_cast<int>(LineCode::pack(first, Element::kRawBits, i)));
+    const __mmask16 full = there & static_cast<__mmask16>(~empty);
+    _mm512_storeu_si512(work.codes + count,
+                        _mm512_maskz_compress_epi32(
+                            full, _mm512_add_epi32(_mm512_add_epi32(table, place), rest)));
+    count += static_cast<uint32_t>(__builtin_popcount(full));
+    for (uint32_t left = empty; left != 0; left &= left - 1)
+      sink.put_empty(i + static_cast<uint32_t>(__builtin_ctz(left)), shape);
+  }
+  stream.plan(work.codes, count, Element::kRawBits != 0);
+}
+
+template <typename Element, typename Sink>
+bool read_elements(uint32_t lines, const LineShape& shape, const TileEntry* entries,
+                   LosslessScratch& scratch, TileStream* streams, Sink* sinks, uint32_t count,
+                   SectionBehind& behind) {
+  for (uint32_t i = 0; i < count; ++i)
+    plan_elements<Element>(lines, shape, entries[i], scratch.work[i], sinks[i], streams[i]);
+  return run_streams(&kVectorTables, shape, streams, sinks, count, &behind);
+}
+
+// Up to four tiles of one shape.
+template <typename Element>
+bool decode_tiles(const SectionCodec& codec, const Tile* tiles, const TileEntry* entries,
+                  const LosslessTarget* targets, TileStream* streams, uint32_t count,
+                  LosslessScratch& scratch, SectionBehind& behind) {
+  const LosslessShape shape(codec, tiles[0]);
+  WordSink scales[kInterleaved];
+  uint32_t codes[kInterleaved];
+  for (uint32_t i = 0; i < count; ++i) {
+    const CodeClass coding = code_class(entries[i].scale_class);
+    const size_t table = offsetof(LosslessTables, scale) + coding.table * sizeof(VectorTable);
+    codes[i] = LineCode::pack(static_cast<uint32_t>(table), coding.shift, 0);
+    streams[i].plan(&codes[i], 1, coding.shift != 0);
+    scales[i] = {scratch.work[i].scales};
+  }
+  if (!run_streams(&kVectorTables, LineShape(shape.lines), streams, scales, count, &behind))
+    return false;
+  const LineShape line(shape.elements);
+  if (codec.channel || targets[0].row == nullptr) {
+    ByteSink sinks[kInterleaved];
+    for (uint32_t i = 0; i < count; ++i) sinks[i] = {scratch.work[i].lines};
+    if (!read_elements<Element>(shape.lines, line, entries, scratch, streams, sinks, count,
+                                behind)) {
+      return false;
+    }
+  } else {
+    TokenSink<Element> sinks[kInterleaved] = {
+        {targets[0], scratch.work[0].base}, {targets[1], scratch.work[1].base},
+        {targets[2], scratch.work[2].base}, {targets[3], scratch.work[3].base}};
+    if (!read_elements<Element>(shape.lines, line, entries, scratch, streams, sinks, count,
+                                behind)) {
+      return false;
+    }
+  }
+  for (uint32_t i = 0; i < count; ++i) {
+    if (!streams[i].finished()) return false;
+    if (codec.channel && targets[i].row != nullptr)
+      store_channels<Element>(targets[i], tiles[i], scratch.work[i], scratch.turned);
+  }
+  return true;
+}
+
+template <typename Element>
 bool decode_coded_rows(const SectionCodec& codec, const uint8_t* in, size_t stored_bytes,
                        const Rows& rows, LosslessScratch& scratch) {
   const uint64_t elements = uint64_t{rows.head_count} * rows.token_count * rows.head_size;
   CodedParts parts;
   if (!open_coded(in, stored_bytes, tile_count(rows), elements, 0, &parts)) return false;
-  const uint32_t stride = codec.channel ? kTileTokens : kTileChannels;
+  const bool stream = rows_aligned(rows, size_t{2} * rows.head_size, 64);
   const uint8_t* at = parts.streams;
   uint64_t index = 0;
   SectionBehind behind(in, stored_bytes, elements);
   for (TileWalk walk(rows); !walk.ended();) {
     Tile tiles[kInterleaved];
     TileEntry entries[kInterleaved];
+    LosslessTarget targets[kInterleaved];
     TileStream streams[kInterleaved];
     uint32_t count = 0;
     for (; count < kInterleaved && !walk.ended(); walk.advance(), ++count, ++index) {
-      tiles[count] = walk.tile();
+      const Tile& tile = tiles[count] = walk.tile();
+      if (!tile.has_shape_of(tiles[0])) break;
       const TileEntry& entry = entries[count] = parts.entry(index);
       if (!streams[count].start(at, at + entry.stream_bytes)) return false;
       at += entry.stream_bytes;
-      plan_scales({codec, tiles[count]}, entry, scratch.work[count], streams[count]);
+      targets[count] = {rows, tile, parts.plane, stream};
     }
-    if (!run_streams<Emit::kWords>(&kVectorTables, streams, count)) return false;
-    for (uint32_t i = 0; i < count; ++i)
-      plan_elements<Element>({codec, tiles[i]}, entries[i], stride, scratch.work[i], streams[i]);
-    if (!run_streams<Emit::kBytes>(&kVectorTables, streams, count)) return false;
-    for (uint32_t i = 0; i < count; ++i) {
-      if (!streams[i].finished()) return false;
-      if (rows.base == nullptr) continue;
-      const Tile& tile = tiles[i];
-      const size_t row = size_t{tile.head} * rows.token_count + tile.token;
-      const uint8_t* plane = parts.plane + row * rows.head_size + tile.channel;
-      if (codec.channel)
-        store_channels<Element, kStream>(rows, tile, scratch.work[i], scratch.turned, plane,
-                                         behind);
-      else
-        store_tokens<Element, kStream>(rows, tile, scratch.work[i], plane, behind);
-    }
+    if (!decode_tiles<Element>(codec, tiles, entries, targets, streams, count, scratch, behind))
+      return false;
   }
+  if (stream) _mm_sfence();
   return true;
 }

@@ -62,26 +62,5 @@ KVC_INLINE uint64_t load_plane(const uint8_t* source, uint32_t count) {
   return plane & ((uint64_t{1} << count) - 1);
 }
 
-// A page is decoded section by section, and the next one lies behind this one: fetched while this
-// one is written, its checksum finds it in the second-level cache. (Behind the last section this
-// reads some lines in vain.)
-class SectionBehind {
- public:
-  SectionBehind(const uint8_t* in, size_t stored_bytes, uint64_t elements)
-      : at_(reinterpret_cast<uintptr_t>(in) + pad64(stored_bytes)),
-        share_(static_cast<uint32_t>(1024 * stored_bytes / elements) + 1) {}
-
-  // The share of so many elements.
-  KVC_INLINE void fetch(uint32_t elements) {
-    owed_ += uint64_t{elements} * share_;
-    for (; owed_ >= 64 * 1024; owed_ -= 64 * 1024, at_ += 64) prefetch(at_);
-  }
-
- private:
-  uintptr_t at_;
-  uint32_t share_;  // bytes of an element, 1024ths
-  uint64_t owed_ = 0;
-};
-
 }  // namespace
 }  // namespace kvc

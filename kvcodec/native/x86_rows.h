@@ -201,6 +201,25 @@ class BytesBehind {
   uint64_t owed_ = 0;
 };
 
+// The same behind a section whose length depends on the data.
+class SectionBehind {
+ public:
+  SectionBehind(const uint8_t* in, size_t stored_bytes, uint64_t elements)
+      : at_(reinterpret_cast<uintptr_t>(in) + pad64(stored_bytes)),
+        share_(static_cast<uint32_t>(1024 * stored_bytes / elements) + 1) {}
+
+  // The share of so many elements.
+  KVC_INLINE void fetch(uint32_t elements) {
+    owed_ += uint64_t{elements} * share_;
+    for (; owed_ >= 64 * 1024; owed_ -= 64 * 1024, at_ += 64) prefetch(at_);
+  }
+
+ private:
+  uintptr_t at_;
+  uint32_t share_;  // bytes of an element, 1024ths
+  uint64_t owed_ = 0;
+};
+
 // Whether every row starts at a multiple of `alignment` and fills it.
 inline bool rows_aligned(const Rows& rows, size_t row_bytes, size_t alignment) {
   uint64_t bits = reinterpret_cast<uintptr_t>(rows.base) | row_bytes;
