@@ -230,3 +230,30 @@ def test_benchmark_refuses_the_profile_of_another_model(
 ):
     assert main(["bench", "codec", "--quick", "--codecs", f"profile:{path}@3"]) == 1
     assert "this one has 128" in capsys.readouterr().err
+
+
+# --- the ones that are committed
+
+
+MEASURED = sorted((Path(__file__).parents[1] / "docs" / "measurements").glob("tune-*.json"))
+
+
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)
+def test_measured_profiles_are_profiles_of_the_small_models(path: Path):
+    document = json.loads(path.read_bytes())
+    config = Path(__file__).parent / "models" / document["model"]["name"] / "config.json"
+    model = json.loads(config.read_bytes())
+    layout = layout_with(
+        token_count=64,
+        layer_count=model["num_hidden_layers"],
+        head_count=model["num_key_value_heads"],
+        head_size=model["head_dim"],
+    )
+    for bits, text in Profile.read(path).points:
+        spec = CodecSpec.load(f"profile:{path}@{bits:g}")
+        assert spec.text == text and spec.profile is not None
+        spec.profile.check(layout, is_whole=True)
+
+
+def test_small_models_were_tuned():
+    assert len(MEASURED) == 4
