@@ -201,6 +201,15 @@ def show(count: int = 2) -> None:
         print(f"{family:28} left out: {reason}")
 
 
+def _rounded(value: Any) -> Any:
+    """`value` with floats of six digits, all the way down."""
+    if isinstance(value, dict):
+        return {name: _rounded(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(each) for each in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -243,7 +252,7 @@ def main() -> None:
     if options.read:
         document = json.loads(options.json.read_text())
     else:
-        document = measure(options)
+        document = _rounded(measure(options))
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(document, indent=1) + "\n")
     if options.pictures:
