@@ -13,6 +13,7 @@ import abc
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -95,6 +96,15 @@ class Backend(abc.ABC):
         self, names: Sequence[str], buffers: Sequence[memoryview], *, timeout_seconds: float
     ) -> list[GetResult]:
         """Read objects into the starts of the caller's buffers; the rest of a buffer stays."""
+
+    def lend(self, name: str) -> AbstractContextManager[memoryview] | None:
+        """An object that lies in this process's memory, where it lies: a context to enter at once,
+        in which nothing changes those bytes. None where `get_into` has to be asked.
+
+        For who would only copy it on; it never blocks.
+        """
+        del name
+        return None
 
     @abc.abstractmethod
     def exists(self, names: Sequence[str], *, timeout_seconds: float) -> list[bool]:

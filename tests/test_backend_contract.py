@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -366,6 +366,26 @@ class CountsHits(Shared):
         return sum(super().exists(names, timeout_seconds=timeout_seconds))
 
 
+class LendsWhatChanges(Shared):
+    """As a store that lends memory it uses again."""
+
+    block = bytearray(5000)
+
+    def put(
+        self, names: Sequence[str], objects: Sequence[memoryview], *, timeout_seconds: float
+    ) -> list[PutResult]:
+        self.block[: len(objects[-1])] = objects[-1]
+        return super().put(names, objects, timeout_seconds=timeout_seconds)
+
+    def lend(self, name: str) -> AbstractContextManager[memoryview] | None:
+        return nullcontext(memoryview(self.block).toreadonly())
+
+
+class LendsAfterClose(Shared):
+    def close(self) -> None:
+        pass
+
+
 class ForgetsOnReopening(MemoryBackend):
     def __init__(self) -> None:
         super().__init__("")
@@ -387,6 +407,8 @@ FOUND_BY = {
     WaitsForEver: "a_store_that_hangs_costs_a_call_its_deadline",
     MakesWhatIsMissing: "a_store_that_must_exist_is_not_made",
     CountsHits: "the_leading_run_ends_at_the_first_gap",
+    LendsWhatChanges: "what_is_lent_is_what_was_put_whatever_happens_meanwhile",
+    LendsAfterClose: "nothing_is_lent_that_is_not_there",
     ForgetsOnReopening: "a_reopened_store_has_its_objects",
 }
 

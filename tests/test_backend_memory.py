@@ -103,3 +103,37 @@ def test_a_store_has_one_limit():
 def test_a_url_that_cannot_be_honoured_is_a_config_error(url: str):
     with pytest.raises(ConfigError):
         MemoryBackend.from_url(url)
+
+
+def test_an_object_that_nobody_can_change_is_kept_and_not_copied():
+    backend, message = MemoryBackend(), b"head" + os.urandom(10_000)
+    view = memoryview(message)[4:]
+    assert backend.put([name(0)], [view], timeout_seconds=1) == [None]
+    view.release()
+    with backend.lend(name(0)) as lent:
+        assert lent.obj is message
+        assert lent == message[4:]
+    assert backend.gauges()["stored_bytes"] == 10_000
+
+
+@pytest.mark.parametrize("kind", ["can be changed", "a small part"])
+def test_an_object_is_copied_that(kind):
+    """A page in memory that goes on changing, or that would keep far more than itself."""
+    whole = bytearray(10_000) if kind == "can be changed" else bytes(100_000)
+    backend = MemoryBackend()
+    view = memoryview(whole)[:10_000]
+    assert backend.put([name(0)], [view], timeout_seconds=1) == [None]
+    with backend.lend(name(0)) as lent:
+        assert lent.obj is not whole
+        if kind == "can be changed":
+            whole[:] = b"x" * len(whole)
+        assert lent == bytes(10_000)
+
+
+def test_who_borrows_uses_an_object():
+    backend = MemoryBackend(max_bytes=100)
+    for number in range(4):
+        put(backend, number, 25)
+    with backend.lend(name(0)):
+        put(backend, 4, 25)
+    assert present(backend, range(5)) == [0, 2, 3, 4]

@@ -284,6 +284,18 @@ def test_what_is_in_memory_does_not_reach_the_store(fake_store):
     assert (counters["hits"], counters["hit_bytes"], counters["misses"]) == (3, 3000, 0)
 
 
+def test_a_page_that_is_lent_is_pinned_and_a_hit(fake_store):
+    backend, _ = fake_store(bytes=64 << 10)
+    put(backend, 1, size=20_000)
+    assert backend.lend(name(2)) is None
+    with backend.lend(name(1)) as lent:
+        assert backend.delete([name(1)], timeout_seconds=5) == [True]
+        put(backend, *range(3, 13), size=20_000)  # more than there is memory for
+        assert lent == data(1, 20_000)
+    counts = backend.counters()
+    assert (counts["hits"], counts["hit_bytes"], counts["misses"]) == (1, 20_000, 0)
+
+
 def test_misses_are_read_in_one_batch_and_kept(fake_store):
     backend, store = fake_store()
     for number in range(4):

@@ -209,8 +209,8 @@ def test_a_stream_is_refused_before_it_has_said_what_it_wants(kind):
         assert len(link.open) == 2
         assert link.seen == {"RESOURCE_EXHAUSTED": 3}
         assert host.refused == 3
-        stats = host.pages.stats()
-        assert stats["staging_bytes"] == 0
+        assert host.pages.stats()["staging_bytes"] == 0
+        link.socket.close()
 
 
 def test_streams_have_no_threads_of_their_own_to_end_them():
@@ -221,6 +221,7 @@ def test_streams_have_no_threads_of_their_own_to_end_them():
         assert len(link.open) == 8
         names = {thread.name for thread in threading.enumerate()} - before
         assert not [name for name in names if not name.startswith(("kvcodec-grpc", "kvcodec-io"))]
+        link.socket.close()
 
 
 def test_a_call_without_a_token_is_not_waited_for():

@@ -274,7 +274,11 @@ class TestNumbersOfNow:
         assert value(metrics, accepted) > first
 
     def test_client_and_reader_of_a_real_sidecar_are_seen(self, tmp_path):
-        settings = {"limits.max_sessions": "7", "limits.staging_bytes": "80MiB"}
+        settings = {
+            "limits.max_sessions": "7",
+            "limits.staging_bytes": "80MiB",
+            "store.url": f"file://{tmp_path}/store",  # pages in memory take no other
+        }
         with SidecarProcess(tmp_path, settings) as sidecar:
             assert sidecar.metric("kvcodec_ready") == 1
             assert (

@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 
 from kvcodec.errors import ConfigError
 from kvcodec_backends.memory import MemoryBackend
 from kvcodec_proto.v1 import service_pb2 as pb
-from kvcodec_server._frames import chunks
+from kvcodec_server._frames import chunks, parse_get
 from kvcodec_server.options import CHUNK_BYTES, ServerOptions
 from kvcodec_server.store_calls import StoreCalls
 from kvcodec_server.streams import GetStream, PutStream
@@ -37,10 +38,34 @@ class Store(MemoryBackend):
         self._begin(names)
         return super().get_into(names, buffers, timeout_seconds=timeout_seconds)
 
+    def lend(self, name):
+        return None
+
     def _begin(self, names: Sequence[str]) -> None:
         self.calls.append(len(names))
         time.sleep(self.seconds)
         assert self.gate.wait(10)
+
+
+class Lending(Store):
+    """Lends the objects of these numbers; `lent` are those that somebody has."""
+
+    def __init__(self, numbers: set[int]) -> None:
+        super().__init__()
+        self.numbers = {name(number): number for number in numbers}
+        self.lent: list[int] = []
+
+    def lend(self, name):
+        return self._lent(name) if name in self.numbers else None
+
+    @contextmanager
+    def _lent(self, name):
+        self.lent.append(self.numbers[name])
+        with MemoryBackend.lend(self, name) as data:
+            try:
+                yield data
+            finally:
+                self.lent.remove(self.numbers[name])
 
 
 @pytest.fixture
@@ -113,6 +138,52 @@ def test_small_objects_go_to_the_store_and_come_from_it_together(make):
     store.calls.clear()
     assert len(list(reader(calls, options, 40, 1000))) == 40
     assert len(store.calls) == 3
+
+
+def test_what_lies_in_memory_is_not_read_into_any(make):
+    store = Lending({0, 1, 4})
+    calls, options = make(store, max_object_bytes=9000)
+    outcomes = PutStream(calls, options, time.monotonic() + 20).receive(sent(6, 9000))
+    assert [outcome.status for outcome in outcomes] == [pb.STATUS_OK] * 6
+    store.calls.clear()
+    staged = calls.pipeline.buffers.allocated_bytes
+    parts = reader(calls, options, 7, 9000)
+    for number in range(2):
+        message, chunk = parse_get(next(parts))
+        assert message.outcome == pb.Outcome(status=pb.STATUS_OK, length=9000)
+        assert chunk == bytes([number]) * 9000
+    assert not store.calls
+    assert calls.pipeline.buffers.allocated_bytes == staged
+    for number in range(2, 6):
+        assert parse_get(next(parts))[1] == bytes([number]) * 9000
+    (last,) = parts
+    assert last.outcome.status == pb.STATUS_NOT_FOUND
+    assert store.calls == [5], "what is read at all is read together"
+
+
+def test_an_object_in_memory_that_has_no_room_is_told_of(make):
+    store = Lending({0, 1})
+    calls, options = make(store)
+    PutStream(calls, options, time.monotonic() + 20).receive(sent(2, 9000))
+    too_long, also = reader(calls, options, 2, 8999)
+    assert [part.outcome.status for part in (too_long, also)] == [pb.STATUS_TOO_LONG] * 2
+    assert too_long.outcome.length == 9000
+
+
+def test_an_object_in_memory_is_held_until_its_last_part_is_sent(make):
+    size = 4 * MIB
+    store = Lending({0, 1})
+    calls, options = make(store, max_object_bytes=size)
+    PutStream(calls, options, time.monotonic() + 20).receive(sent(2, size))
+    parts = reader(calls, options, 2, size)
+    next(parts)
+    assert store.lent == [0]
+    next(parts)
+    assert store.lent == [0]
+    next(parts)
+    assert store.lent == [1]
+    parts.close()
+    assert store.lent == []
 
 
 @pytest.mark.parametrize(("seconds", "pause", "ahead"), [(0.05, 0.0, 1), (0.0, 0.3, 0)])

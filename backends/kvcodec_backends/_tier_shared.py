@@ -23,7 +23,7 @@ from kvcodec_backends._tier_memory import Entry, Flights, Memory, copy_bytes
 from kvcodec_backends._tier_store import StoreBehind
 from kvcodec_backends._tier_writer import Writer
 
-__all__ = ["DEFAULT_FLUSH_TIMEOUT_SECONDS", "Tier", "TierOptions"]
+__all__ = ["DEFAULT_FLUSH_TIMEOUT_SECONDS", "Lent", "Tier", "TierOptions"]
 
 DEFAULT_FLUSH_TIMEOUT_SECONDS = 10.0
 #: How much of the memory may hold pages that are not in the store yet, unless told.
@@ -89,6 +89,20 @@ class TierOptions:
         )
 
 
+class Lent:
+    """A page that is pinned until the end of the context."""
+
+    def __init__(self, tier: Tier, entry: Entry) -> None:
+        self._tier = tier
+        self._entry = entry
+
+    def __enter__(self) -> memoryview:
+        return self._entry.view.toreadonly()
+
+    def __exit__(self, *_: object) -> None:
+        self._tier.unpin(self._entry)
+
+
 class Tier:
     """What the backends of one URL share."""
 
@@ -133,9 +147,23 @@ class Tier:
             if entry.size <= len(buffer):
                 copy_bytes(np.frombuffer(buffer, np.uint8), entry.block[: entry.size])
         finally:
-            with self.lock:
-                self.memory.unpin(entry)
+            self.unpin(entry)
         return entry.size
+
+    def unpin(self, entry: Entry) -> None:
+        """The reader of a page is done."""
+        with self.lock:
+            self.memory.unpin(entry)
+
+    def lend(self, name: str) -> Lent | None:
+        """A page where it lies in memory; None if it is not there."""
+        with self.lock:
+            entry = self.writer.pinned(name) or self.memory.pinned(name)
+            if entry is None:
+                return None  # whoever asks for it then is a miss
+            self.counts["hits"] += 1
+            self.counts["hit_bytes"] += entry.size
+        return Lent(self, entry)
 
     def fill(
         self, pairs: Sequence[tuple[str, memoryview]], deadline: Deadline

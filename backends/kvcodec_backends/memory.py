@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from kvcodec.backend import (
     Backend,
@@ -37,11 +38,11 @@ class _MemoryStore:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.lock = threading.Lock()
-        self.objects: OrderedDict[str, tuple[bytes, float]] = OrderedDict()
+        self.objects: OrderedDict[str, tuple[memoryview, float]] = OrderedDict()
         self.used_bytes = 0
         self.counts: Counter[str] = Counter(evicted_objects=0, evicted_bytes=0)
 
-    def put(self, name: str, data: bytes) -> PutResult:
+    def put(self, name: str, data: memoryview) -> PutResult:
         if len(data) > self.max_bytes:
             return BackendFull(f"put {name}: {len(data)} bytes, the store holds {self.max_bytes}")
         self.remove(name)
@@ -54,7 +55,7 @@ class _MemoryStore:
         self.used_bytes += len(data)
         return None
 
-    def get(self, name: str) -> bytes | None:
+    def get(self, name: str) -> memoryview | None:
         entry = self.objects.get(name)
         if entry is None:
             return None
@@ -67,6 +68,13 @@ class _MemoryStore:
             return False
         self.used_bytes -= len(entry[0])
         return True
+
+
+def _is_for_ever(view: memoryview) -> bool:
+    """Whether this is nearly all of a `bytes`, such as a message that brought the object: keeping
+    it costs little more than a copy would.
+    """
+    return type(view.obj) is bytes and len(view.obj) <= len(view) + len(view) // 16
 
 
 _stores: dict[str, _MemoryStore] = {}
@@ -123,7 +131,7 @@ class MemoryBackend(Backend):
     def put(
         self, names: Sequence[str], objects: Sequence[memoryview], *, timeout_seconds: float
     ) -> list[PutResult]:
-        """Store copies of the objects."""
+        """Store copies of the objects, or those themselves that nobody can change."""
         pairs = checked_objects(names, objects)
         deadline = Deadline(timeout_seconds)
         results: list[PutResult] = []
@@ -134,7 +142,7 @@ class MemoryBackend(Backend):
                 results.append(deadline.error("put", name))
             else:
                 # Copied outside the lock: whole objects change hands, never bytes.
-                data = bytes(view)
+                data = view[:] if _is_for_ever(view) else memoryview(bytes(view))
                 with self._store.lock:
                     results.append(self._store.put(name, data))
         return results
@@ -158,6 +166,14 @@ class MemoryBackend(Backend):
                     buffer[: len(data)] = data
                 results.append(None if data is None else len(data))
         return results
+
+    def lend(self, name: str) -> AbstractContextManager[memoryview] | None:
+        """The object itself."""
+        if self._closed:
+            return None
+        with self._store.lock:
+            data = self._store.get(name)
+        return None if data is None else nullcontext(data)
 
     def exists(self, names: Sequence[str], *, timeout_seconds: float) -> list[bool]:
         """Whether each object is there."""

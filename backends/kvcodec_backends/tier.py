@@ -6,6 +6,7 @@ import atexit
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 from kvcodec.backend import (
     Backend,
@@ -129,6 +130,10 @@ class TierBackend(Backend):
         for index, answer in zip(missing, answers, strict=True):
             results[index] = answer
         return results
+
+    def lend(self, name: str) -> AbstractContextManager[memoryview] | None:
+        """An object of the memory, pinned meanwhile."""
+        return None if self._is_closed else self._tier.lend(check_name(name))
 
     def exists(self, names: Sequence[str], *, timeout_seconds: float) -> list[bool]:
         """Whether each object is in memory or in the store."""

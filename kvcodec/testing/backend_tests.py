@@ -43,13 +43,14 @@ from kvcodec.testing._backend_samples import (
     sealed,
     skip,
 )
+from kvcodec.testing._lending_tests import LendingTests
 
 __all__ = ["BackendTests"]
 
 _CANARY = 0xA5
 
 
-class BackendTests(ArgumentTests):
+class BackendTests(ArgumentTests, LendingTests):
     """The contract of `kvcodec.backend.Backend`. Subclass it and give it `open_backend`.
 
     The other hooks, and what a backend may say it cannot do, are those of `StoreUnderTest`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 from kvcodec.backend import Backend, GetResult, ObjectInfo, PutResult
@@ -56,6 +57,10 @@ class ServedNamespaces(Backend):
 
         missing: GetResult = None
         return _each(self._served(names), len(names), missing, get)
+
+    def lend(self, name: str) -> AbstractContextManager[memoryview] | None:
+        """As `Backend.lend`."""
+        return self._backend.lend(name) if self._serves(name) else None
 
     def exists(self, names: Sequence[str], *, timeout_seconds: float) -> list[bool]:
         """As `Backend.exists`."""

@@ -7,7 +7,8 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Generic, TypeVar
 
 from kvcodec.backend import Backend, GetResult, ObjectInfo, PutResult
@@ -152,6 +153,11 @@ class StoreCalls:
             return results
 
         return self._start("get", self.pipeline.reads, names, call, _same, seconds, done)
+
+    def lend(self, name: str) -> AbstractContextManager[memoryview] | None:
+        """An object where it lies in memory, as `Backend.lend`: nobody has to be waited for."""
+        lent = self.pipeline.guarded("get", lambda: self._store.lend(name))
+        return None if lent is None else self._counted(lent)
 
     def put(
         self,
@@ -307,6 +313,15 @@ class StoreCalls:
                 self._pages[source] -= pages
             if target is not None:
                 self._pages[target] += pages
+
+    @contextmanager
+    def _counted(self, lent: AbstractContextManager[memoryview]) -> Iterator[memoryview]:
+        step = begin_step("store.get")
+        with lent as data:
+            self._count_headers("get", [data], [True])
+            if step is not None:
+                step.end(pages=1, byte_count=len(data))
+            yield data
 
     def _count_headers(
         self, operation: str, pages: Sequence[memoryview], moved: Sequence[bool]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -38,6 +39,8 @@ _QUICK = 0.25
 # Calls of the store that may be under way behind one writer.
 _PUTS_UNDER_WAY = 2
 
+_NOTHING = memoryview(b"")
+
 
 def with_metadata(outcome: pb.Outcome, page: memoryview) -> None:
     """Add what the page says about itself. One that is no page has no metadata."""
@@ -64,8 +67,8 @@ class _Group:
 
 
 class GetStream:
-    """What one reader asked for. While a group of objects is sent, a store that is not quick reads
-    the next.
+    """What one reader asked for. What lies in the store's memory goes into messages from there; the
+    rest is read in groups, and while one is sent, a store that is not quick reads the next.
     """
 
     def __init__(
@@ -87,31 +90,32 @@ class GetStream:
                 check_name(room.name)
         for room in request.objects:
             room.capacity = min(room.capacity, options.max_object_bytes)
-        self._groups = _grouped(
-            request.objects,
-            staging_bytes=min(_GROUP_BYTES, options.staging_bytes // (2 * options.max_streams)),
-        )
+        self._rooms = request.objects
+        self._share_bytes = min(_GROUP_BYTES, options.staging_bytes // (2 * options.max_streams))
         self.outcomes: list[pb.Outcome] = []
 
     def parts(self) -> Iterator[pb.GetStreamResponse | bytes]:
         """The messages of the answer, or what is on the wire already."""
+        at, quick = 0, True
         ahead: _Group | None = None
-        quick = True
-        for index, rooms in enumerate(self._groups):
-            group = ahead or self._start(rooms, self._left())
-            ahead = None
+        while at < len(self._rooms):
+            lent = None if ahead is not None or self.raw is not None else self._lent(at)
+            if lent is not None:
+                with lent as data:
+                    yield from self._sent(self._outcome(len(data), self._rooms[at], data), data)
+                at += 1
+                continue
+            rooms = self._group(at)
+            at += len(rooms)
+            group, ahead = ahead or self._start(rooms, self._left()), None
             try:
                 outcomes = self._settle(group, rooms)
-                if group is not None and not quick and index + 1 < len(self._groups):
+                if group is not None and not quick and at < len(self._rooms):
                     # Who has memory does not wait for more: others might wait for his.
-                    ahead = self._start(self._groups[index + 1], 0.0)
+                    ahead = self._start(self._group(at), 0.0)
                 started = time.monotonic()
                 for place, outcome in enumerate(outcomes):
-                    self.outcomes.append(outcome)
-                    if group is None or outcome.status != pb.STATUS_OK:
-                        yield pb.GetStreamResponse(outcome=outcome)
-                    else:
-                        yield from _parts(outcome, group.rows[place][: outcome.length])
+                    yield from self._sent(outcome, group.rows[place] if group else _NOTHING)
                 if group is not None:
                     quick = group.seconds < _QUICK * (time.monotonic() - started)
             except BaseException:
@@ -122,30 +126,61 @@ class GetStream:
                 if group is not None:
                     group.release()
 
-    def _start(self, rooms: Sequence[pb.ObjectRoom], seconds: float) -> _Group | None:
+    def _lent(self, at: int) -> AbstractContextManager[memoryview] | None:
+        """An object that need not be asked for: it goes from the store's memory into a message."""
+        return self._calls.lend(self._rooms[at].name)
+
+    def _sent(self, outcome: pb.Outcome, row: memoryview) -> Iterator[pb.GetStreamResponse | bytes]:
+        """What is said of an object, and the object."""
+        self.outcomes.append(outcome)
+        if outcome.status != pb.STATUS_OK:
+            yield pb.GetStreamResponse(outcome=outcome)
+            return
+        message = pb.GetStreamResponse(outcome=outcome)
+        for index, chunk in enumerate(chunks(row[: outcome.length])):
+            yield get_part(None if index else message, chunk)
+
+    def _outcome(self, result: GetResult, room: pb.ObjectRoom, row: memoryview) -> pb.Outcome:
+        outcome = get_outcome(result, room.capacity)
+        if outcome.status == pb.STATUS_OK and self._with_metadata:
+            with_metadata(outcome, row[: outcome.length])
+        return outcome
+
+    def _group(self, at: int) -> list[pb.ObjectRoom]:
+        """The objects from there on that fit the share that one reader has of the staging memory;
+        one at least.
+        """
+        rooms: list[pb.ObjectRoom] = []
+        largest = 0
+        for room in self._rooms[at : at + _GROUP_OBJECTS]:
+            largest = max(largest, _staging_bytes(max(1, room.capacity)))
+            if rooms and largest * (len(rooms) + 1) > self._share_bytes:
+                break
+            rooms.append(room)
+        return rooms
+
+    def _start(self, wanted: Sequence[pb.ObjectRoom], seconds: float) -> _Group | None:
         """Begin to read a group; None if there is no memory for it in that time."""
-        row_bytes = _staging_bytes(max(1, *(room.capacity for room in rooms)))
+        row_bytes = _staging_bytes(max(1, *(room.capacity for room in wanted)))
         buffers = self._calls.pipeline.buffers
-        buffer = buffers.acquire(row_bytes * len(rooms), seconds)
+        buffer = buffers.acquire(row_bytes * len(wanted), seconds)
         if buffer is None:
             return None
         rows = [
             row.data[: room.capacity]
-            for row, room in zip(buffer.reshape(-1, row_bytes), rooms, strict=True)
+            for row, room in zip(buffer.reshape(-1, row_bytes), wanted, strict=True)
         ]
-        names = [room.name for room in rooms]
+        names = [room.name for room in wanted]
         free = partial(buffers.release, buffer)
         if self.raw is not None:
             outcomes = self.raw.get(names, rows, self._left())
             return _Group(rows, None, outcomes, Countdown(1, free))
-        group = _Group(rows, None, [pb.Outcome() for _ in rooms], Countdown(2, free))
+        group = _Group(rows, None, [pb.Outcome() for _ in wanted], Countdown(2, free))
         started = time.monotonic()
 
         def prepare(results: Sequence[GetResult]) -> None:
             for place, (result, row) in enumerate(zip(results, rows, strict=True)):
-                outcome = group.outcomes[place] = get_outcome(result, len(row))
-                if outcome.status == pb.STATUS_OK and self._with_metadata:
-                    with_metadata(outcome, row[: outcome.length])
+                group.outcomes[place] = self._outcome(result, wanted[place], row)
             group.seconds = time.monotonic() - started
 
         group.pending = self._calls.get(names, rows, self._left(), group.release, prepare)
@@ -165,31 +200,6 @@ class GetStream:
 
     def _left(self) -> float:
         return max(0.0, self._deadline - time.monotonic())
-
-
-def _parts(outcome: pb.Outcome, data: memoryview) -> Iterator[bytes]:
-    """An object as it is sent."""
-    message = pb.GetStreamResponse(outcome=outcome)
-    for index, chunk in enumerate(chunks(data)):
-        yield get_part(None if index else message, chunk)
-
-
-def _grouped(rooms: Sequence[pb.ObjectRoom], *, staging_bytes: int) -> list[list[pb.ObjectRoom]]:
-    """Cut a request into groups that fit the share that one reader has of the staging memory."""
-    groups: list[list[pb.ObjectRoom]] = []
-    largest = 0
-    for room in rooms:
-        size = _staging_bytes(max(1, room.capacity))
-        largest = max(largest, size)
-        if (
-            not groups
-            or len(groups[-1]) == _GROUP_OBJECTS
-            or largest * (len(groups[-1]) + 1) > staging_bytes
-        ):
-            groups.append([])
-            largest = size
-        groups[-1].append(room)
-    return groups
 
 
 class _PutGroup:
