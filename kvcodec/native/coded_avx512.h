@@ -14,10 +14,12 @@ KVC_INLINE __mmask32 first_of(uint32_t count) {
   return static_cast<__mmask32>(_bzhi_u32(~0u, smaller_of(count, 32)));
 }
 
-// Elements of a row. `stream`: they fill lines of the cache.
-KVC_INLINE void store_elements(uint8_t* target, __m512i words, __mmask32 there, bool stream) {
-  if (stream) return _mm512_stream_si512(reinterpret_cast<__m512i*>(target), words);
-  _mm512_mask_storeu_epi16(target, there, words);
+// 32 elements of a row, or those that are there. With kStream they fill a line of the cache.
+template <bool kStream, bool kMasked>
+KVC_INLINE void store_elements(uint8_t* target, __m512i words, __mmask32 there) {
+  if (kStream) return _mm512_stream_si512(reinterpret_cast<__m512i*>(target), words);
+  if (kMasked) return _mm512_mask_storeu_epi16(target, there, words);
+  _mm512_storeu_si512(target, words);
 }
 
 // A static table by vector look-ups: the slot gives the value, and the value modulo 64 or 32 the

@@ -245,7 +245,7 @@ struct UnitSink {
   KVC_INLINE Line line(uint32_t index) const { return units + index * kTileTokens; }
 
   template <bool kMasked>
-  KVC_INLINE void put(Line line, uint32_t step, __m512i k, __mmask32 active) {
+  KVC_INLINE void put(Line& line, uint32_t step, __m512i k, __mmask32 active) {
     _mm256_store_si256(reinterpret_cast<__m256i*>(line + kStreamLanes * step),
                        _mm512_cvtepi16_epi8(trellis.half_steps<kMasked>(k, active)));
   }
@@ -305,7 +305,7 @@ KVC_INLINE __m512i zip_values(__m512 a, __m512 b) {
 }
 
 // Rows of a tile whose lines are tokens.
-template <typename Element>
+template <typename Element, bool kStream>
 struct TokenSink {
   static constexpr bool kWords = false;
   struct Line {
@@ -316,7 +316,6 @@ struct TokenSink {
   uint8_t* row;
   int64_t row_stride;
   const float* half;
-  bool stream;
   Trellis trellis;
 
   KVC_INLINE Line line(uint32_t index) const {
@@ -325,7 +324,7 @@ struct TokenSink {
   }
 
   template <bool kMasked>
-  KVC_INLINE void put(const Line& line, uint32_t step, __m512i k, __mmask32 active) {
+  KVC_INLINE void put(Line& line, uint32_t, __m512i k, __mmask32 active) {
     // In the upper byte of each word, and then of each number.
     const __m512i units = _mm512_slli_epi16(trellis.half_steps<kMasked>(k, active), 8);
     const __m512i even = _mm512_slli_epi32(units, 16);
@@ -334,7 +333,8 @@ struct TokenSink {
     const __m512i words =
         zip_values<Element>(_mm512_mul_ps(_mm512_cvtepi32_ps(even), line.half),
                             _mm512_mul_ps(_mm512_cvtepi32_ps(odd), line.half));
-    store_elements(line.row + 2 * kStreamLanes * step, words, active, stream);
+    store_elements<kStream, kMasked>(line.row, words, active);
+    line.row += 2 * kStreamLanes;
   }
 
   void put_empty(uint32_t index, uint32_t elements) const {
@@ -367,17 +367,16 @@ inline uint8_t* turn_blocks(const EcqWork& work, uint32_t line, uint32_t count, 
 }
 
 // The rows of a tile whose lines are channels.
-template <typename Element>
+template <typename Element, bool kStream>
 struct ChannelRows {
   TurnedLines first;   // channels of pairs
   TurnedLines second;
   TurnedLines plain;
   uint32_t pairs;
   uint32_t plain_count;
-  bool stream;
 
   ChannelRows(EcqDecoder& decoder, const Tile& tile, const EcqWork& work)
-      : pairs(decoder.pairs()), plain_count(tile.channels - 2 * pairs), stream(decoder.stream) {
+      : pairs(decoder.pairs()), plain_count(tile.channels - 2 * pairs) {
     uint8_t* turned = decoder.scratch.turned;
     turned = turn_blocks(work, 0, pairs, turned, &first);
     turned = turn_blocks(work, pairs, pairs, turned, &second);
@@ -388,8 +387,8 @@ struct ChannelRows {
     for (uint32_t i = 0; i < plain_count; i += 32) {
       const __m512 low = plain.values(token, i / kTurnedLines);
       const __m512 high = plain.values(token, i / kTurnedLines + 1);
-      store_elements(row + i * 2, join_values<Element>(low, high), first_of(plain_count - i),
-                     stream);
+      store_elements<kStream, true>(row + i * 2, join_values<Element>(low, high),
+                                    first_of(plain_count - i));
     }
   }
 
@@ -411,15 +410,16 @@ struct ChannelRows {
       const uint32_t count = pairs - pair;
       if (kInterleavedPairs) {
         uint8_t* target = row + pair * 4;
-        store_elements(target, zip_values<Element>(x[0], y[0]), first_of(2 * count), stream);
+        store_elements<kStream, true>(target, zip_values<Element>(x[0], y[0]),
+                                      first_of(2 * count));
         if (count > 16)
-          store_elements(target + 64, zip_values<Element>(x[1], y[1]), first_of(2 * count - 32),
-                         stream);
+          store_elements<kStream, true>(target + 64, zip_values<Element>(x[1], y[1]),
+                                        first_of(2 * count - 32));
       } else {
         uint8_t* target = row + pair * 2;
-        store_elements(target, join_values<Element>(x[0], x[1]), first_of(count), stream);
-        store_elements(target + pairs * 2, join_values<Element>(y[0], y[1]), first_of(count),
-                       stream);
+        const __mmask32 there = first_of(count);
+        store_elements<kStream, true>(target, join_values<Element>(x[0], x[1]), there);
+        store_elements<kStream, true>(target + pairs * 2, join_values<Element>(y[0], y[1]), there);
       }
     }
   }
@@ -457,9 +457,9 @@ inline const float* rotary_of(EcqDecoder& decoder, const Tile& tile) {
   return cosines;
 }
 
-template <typename Element>
+template <typename Element, bool kStream>
 void store_channels(EcqDecoder& decoder, const Tile& tile, const EcqWork& work) {
-  const ChannelRows<Element> rows(decoder, tile, work);
+  const ChannelRows<Element, kStream> rows(decoder, tile, work);
   uint8_t* row = decoder.row(tile);
   const int64_t stride = decoder.rows.token_stride;
   if (rows.pairs == 0) {
@@ -485,6 +485,19 @@ bool read_elements(const EcqDecoder& decoder, const TileEntry* entries, TileStre
   for (uint32_t i = 0; i < count; ++i)
     plan_elements(decoder, entries[i], decoder.scratch.work[i], sinks[i], streams[i]);
   return run_streams(&kVectorTables, LineShape(decoder.elements), streams, sinks, count, &behind);
+}
+
+template <typename Element, bool kStream>
+bool read_tokens(const EcqDecoder& decoder, const Tile* tiles, const TileEntry* entries,
+                 TileStream* streams, uint32_t count, SectionBehind& behind) {
+  TokenSink<Element, kStream> sinks[kInterleaved];
+  for (uint32_t i = 0; i < count; ++i) {
+    sinks[i].row = decoder.row(tiles[i]);
+    sinks[i].row_stride = decoder.rows.token_stride;
+    sinks[i].half = decoder.scratch.work[i].half;
+    sinks[i].trellis.start();
+  }
+  return read_elements(decoder, entries, streams, sinks, count, behind);
 }
 
 // Up to four tiles of one shape.
@@ -517,21 +530,16 @@ bool decode_tiles(EcqDecoder& decoder, const Tile* tiles, const TileEntry* entri
     }
     if (!read_elements(decoder, entries, streams, sinks, count, behind)) return false;
   } else {
-    TokenSink<Element> sinks[kInterleaved];
-    for (uint32_t i = 0; i < count; ++i) {
-      sinks[i].row = decoder.row(tiles[i]);
-      sinks[i].row_stride = decoder.rows.token_stride;
-      sinks[i].half = work[i].half;
-      sinks[i].stream = decoder.stream;
-      sinks[i].trellis.start();
-    }
-    if (!read_elements(decoder, entries, streams, sinks, count, behind)) return false;
+    const auto read = decoder.stream ? read_tokens<Element, true> : read_tokens<Element, false>;
+    if (!read(decoder, tiles, entries, streams, count, behind)) return false;
   }
+  const auto store =
+      decoder.stream ? store_channels<Element, true> : store_channels<Element, false>;
   for (uint32_t i = 0; i < count; ++i) {
     if (!streams[i].finished()) return false;
     if (!channel || look) continue;
     place_means(decoder, work[i]);
-    store_channels<Element>(decoder, tiles[i], work[i]);
+    store(decoder, tiles[i], work[i]);
   }
   return true;
 }

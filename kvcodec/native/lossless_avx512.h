@@ -96,7 +96,7 @@ KVC_INLINE __m512i high_halves(__m512i base, __m512i value) {
   return _mm512_ternarylogic_epi64(exponent, sign, rest, 0xFE);
 }
 
-template <typename Element>
+template <typename Element, bool kStream>
 struct TokenSink {
   static constexpr bool kWords = false;
   struct Line {
@@ -114,20 +114,21 @@ struct TokenSink {
   }
 
   template <bool kMasked>
-  KVC_INLINE void put(const Line& line, uint32_t step, __m512i value, __mmask32 active) const {
-    const uint8_t* plane = line.plane + kStreamLanes * step;
+  KVC_INLINE void put(Line& line, uint32_t, __m512i value, __mmask32 active) const {
     const __m256i bytes =
-        kMasked ? _mm256_maskz_loadu_epi8(active, plane)
-                : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(plane));
+        kMasked ? _mm256_maskz_loadu_epi8(active, line.plane)
+                : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line.plane));
     __m512i words = _mm512_add_epi16(high_halves<Element>(line.base, value),
                                      _mm512_cvtepu8_epi16(bytes));
     if (Element::kRotated) words = _mm512_shrdi_epi16(words, words, 1);
-    store_elements(line.row + 2 * kStreamLanes * step, words, active, target.stream);
+    store_elements<kStream, kMasked>(line.row, words, active);
+    line.row += 2 * kStreamLanes;
+    line.plane += kStreamLanes;
   }
 
   // A row of which the stream has nothing.
   void put_empty(uint32_t index, const LineShape& shape) const {
-    const Line empty = line(index);
+    Line empty = line(index);
     for (uint32_t step = 0; step < shape.steps; ++step) {
       const __mmask32 active = step + 1 == shape.steps ? shape.last : ~0u;
       put<true>(empty, step, _mm512_setzero_si512(), active);
@@ -147,7 +148,7 @@ struct ByteSink {
   KVC_INLINE Line line(uint32_t index) const { return lines + index * kTileTokens; }
 
   template <bool kMasked>
-  KVC_INLINE void put(Line line, uint32_t step, __m512i value, __mmask32) const {
+  KVC_INLINE void put(Line& line, uint32_t step, __m512i value, __mmask32) const {
     _mm256_store_si256(reinterpret_cast<__m256i*>(line + kStreamLanes * step),
                        _mm512_cvtepi16_epi8(value));
   }
@@ -178,7 +179,7 @@ KVC_INLINE __m512i load_turned(const uint8_t* turned) {
   return _mm512_inserti64x2(value, _mm_load_si128(piece + 3 * kApart), 3);
 }
 
-template <typename Element>
+template <typename Element, bool kStream>
 void store_channels(const LosslessTarget& target, const Tile& tile, const LosslessWork& work,
                     uint8_t* turned) {
   const uint32_t blocks = (tile.channels + kTurnedLines - 1) / kTurnedLines;
@@ -187,19 +188,24 @@ void store_channels(const LosslessTarget& target, const Tile& tile, const Lossle
   for (uint32_t t = 0; t < tile.tokens; ++t) {
     uint8_t* row = target.row_of(t);
     const uint8_t* plane = target.plane_of(t);
-    for (uint32_t c = 0; c < tile.channels; c += 64) {
+    const uint8_t* column = turned + turned_place(t);
+    for (uint32_t c = 0; c < tile.channels; c += 64, column += 4 * kTurnedBytes) {
       const uint32_t count = tile.channels - c;
-      const __m512i base = _mm512_load_si512(work.base + c);
-      const __m512i value =
-          load_turned(turned + c / kTurnedLines * kTurnedBytes + turned_place(t));
-      const __m512i low = _mm512_maskz_loadu_epi8(_bzhi_u64(~uint64_t{0}, count < 64 ? count : 64),
-                                                  plane + c);
+      const __m512i high =
+          high_bytes<Element>(_mm512_load_si512(work.base + c), load_turned(column));
       __m512i first;
       __m512i second;
-      join_bytes<Element>(high_bytes<Element>(base, value), low, &first, &second);
-      store_elements(row + 2 * c, first, first_of(count), target.stream);
-      if (count > 32)
-        store_elements(row + 2 * c + 64, second, first_of(count - 32), target.stream);
+      if (count >= 64) {
+        join_bytes<Element>(high, _mm512_loadu_si512(plane + c), &first, &second);
+        store_elements<kStream, false>(row + 2 * c, first, ~0u);
+        store_elements<kStream, false>(row + 2 * c + 64, second, ~0u);
+      } else {
+        const __m512i low = _mm512_maskz_loadu_epi8(_bzhi_u64(~uint64_t{0}, count), plane + c);
+        join_bytes<Element>(high, low, &first, &second);
+        store_elements<kStream, true>(row + 2 * c, first, first_of(count));
+        if (count > 32)
+          store_elements<kStream, true>(row + 2 * c + 64, second, first_of(count - 32));
+      }
     }
   }
 }
@@ -252,6 +258,15 @@ bool read_elements(uint32_t lines, const LineShape& shape, const TileEntry* entr
   return run_streams(&kVectorTables, shape, streams, sinks, count, &behind);
 }
 
+template <typename Element, bool kStream>
+bool read_tokens(uint32_t lines, const LineShape& shape, const TileEntry* entries,
+                 const LosslessTarget* targets, LosslessScratch& scratch, TileStream* streams,
+                 uint32_t count, SectionBehind& behind) {
+  TokenSink<Element, kStream> sinks[kInterleaved];
+  for (uint32_t i = 0; i < count; ++i) sinks[i] = {targets[i], scratch.work[i].base};
+  return read_elements<Element>(lines, shape, entries, scratch, streams, sinks, count, behind);
+}
+
 // Up to four tiles of one shape.
 template <typename Element>
 bool decode_tiles(const SectionCodec& codec, const Tile* tiles, const TileEntry* entries,
@@ -278,18 +293,15 @@ bool decode_tiles(const SectionCodec& codec, const Tile* tiles, const TileEntry*
       return false;
     }
   } else {
-    TokenSink<Element> sinks[kInterleaved] = {
-        {targets[0], scratch.work[0].base}, {targets[1], scratch.work[1].base},
-        {targets[2], scratch.work[2].base}, {targets[3], scratch.work[3].base}};
-    if (!read_elements<Element>(shape.lines, line, entries, scratch, streams, sinks, count,
-                                behind)) {
-      return false;
-    }
+    const auto read = targets[0].stream ? read_tokens<Element, true> : read_tokens<Element, false>;
+    if (!read(shape.lines, line, entries, targets, scratch, streams, count, behind)) return false;
   }
+  const auto store =
+      targets[0].stream ? store_channels<Element, true> : store_channels<Element, false>;
   for (uint32_t i = 0; i < count; ++i) {
     if (!streams[i].finished()) return false;
     if (codec.channel && targets[i].row != nullptr)
-      store_channels<Element>(targets[i], tiles[i], scratch.work[i], scratch.turned);
+      store(targets[i], tiles[i], scratch.work[i], scratch.turned);
   }
   return true;
 }
