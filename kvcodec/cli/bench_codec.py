@@ -26,6 +26,8 @@ from kvcodec.codec import Codec
 from kvcodec.errors import NativeError
 from kvcodec.identity import Identity, Namespace
 from kvcodec.plan import PagePlan
+from kvcodec.rotary import SPLIT, Rotary
+from kvcodec.section import Transform
 from kvcodec.spec import CodecSpec
 
 __all__ = ["Block", "Row", "Spread", "measure_block", "seconds_of"]
@@ -40,6 +42,15 @@ _FEWEST_SAMPLES = 5
 _MINIMUM_OCCUPANCY = 0.9
 _MINIMUM_OF_BEST = 0.97
 _MOST_EXTRA_ROUNDS = 2
+
+
+def _rotary_of(spec: CodecSpec, size: int) -> Rotary | None:
+    """A rotation for keys that are derotated if there is one; the time does not depend on which."""
+    keys = [spec.key, *(key for _, key, _ in spec.layers)]
+    if not any(key.transform is Transform.DEROTATED for key in keys):
+        return None
+    frequencies = np.float32(10000.0) ** -(np.arange(0, size, 2, dtype=np.float32) / size)
+    return Rotary(size, SPLIT, tuple(frequencies.astype(float).tolist()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,7 +207,8 @@ class _Bench:
         self.memory = memory
         layout = memory.layout
         self.namespace = Namespace(Identity.of(model="benchmark"), layout)
-        self.plan = PagePlan.for_spec(self.namespace, block.spec, _KEY_BYTES)
+        rotary = _rotary_of(block.spec, layout.streams[0].head_size)
+        self.plan = PagePlan.for_spec(self.namespace, block.spec, _KEY_BYTES, rotary)
         self.keys = [f"{page:064x}".encode() for page in range(memory.page_count)]
         self.slots = memory.slots(self.plan.page_bytes)
         self.source = memory.views(memory.source, block.layout)

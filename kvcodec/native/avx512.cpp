@@ -25,6 +25,7 @@
 #include "kvcodec.h"
 #include "lossless.h"
 #include "numerics.h"
+#include "transformed.h"
 #include "x86_rows.h"
 #include "x86_token.h"
 
@@ -63,6 +64,7 @@ uint64_t encode_section(const SectionCodec& codec, const Rows& rows, const Rows*
     return codec.dtype == KVC_BF16 ? encode_fp8_rows<Bf16>(codec, rows, next, out)
                                    : encode_fp8_rows<Fp16>(codec, rows, next, out);
   }
+  if (is_transformed(codec)) return encode_transformed_avx512(codec, rows, next, out);
   if (TokenShape::covers(codec, rows)) {
     const ChooseTokenEncoder choose{TokenShape(codec, rows).halves};
     return encode_token_rows(with_codec(codec, choose), codec, rows, next, out);
@@ -78,6 +80,7 @@ void decode_section(const SectionCodec& codec, const uint8_t* in, const Rows& ro
     return codec.dtype == KVC_BF16 ? decode_fp8_elements<Bf16>(codec, in, rows)
                                    : decode_fp8_elements<Fp16>(codec, in, rows);
   }
+  if (is_transformed(codec)) return decode_transformed_avx512(codec, in, rows);
   if (TokenShape::covers(codec, rows)) {
     const bool stream = rows_aligned(rows, rows.head_size * 2, 64);
     const ChooseTokenDecoder choose{TokenShape(codec, rows).halves, stream};

@@ -42,7 +42,34 @@ HostStream make_host(Random& random, uint32_t dtype, uint32_t layers, uint32_t t
   return host;
 }
 
-kvc_section make_section(Random& random, uint32_t dtype, uint32_t tokens, uint32_t head_size) {
+// Hadamard or derotated, where that may be and the dice say so.
+uint8_t transform_of(Random& random, const kvc_section& section, const kvc_stream& stream,
+                     uint32_t rotary_size) {
+  const uint32_t size = stream.head_size;
+  if (pick(random, 0, 1) == 0) return 0;
+  if ((section.options & KVC_OPTION_CHANNEL) == 0)
+    return (size & (size - 1)) == 0 ? KVC_OPTION_HADAMARD : 0;
+  const bool rotated = stream.is_rotated != 0 && rotary_size <= size && size <= 256;
+  return rotated ? KVC_OPTION_DEROTATED : 0;
+}
+
+// Angles of any kind: what they are does not matter to a kernel.
+void make_rotary(Random& random, Case& made) {
+  const uint32_t pairs = pick(random, 1, std::max(1u, made.streams[0].head_size / 2));
+  made.streams[0].is_rotated = 1;
+  made.table.resize(size_t{2} * pairs * made.token_count);
+  for (size_t i = 0; i < made.table.size(); i += 2) {
+    const float angle = static_cast<float>(pick(random, 0, 628)) / 100;
+    made.table[i] = std::cos(angle);
+    made.table[i + 1] = std::sin(angle);
+  }
+  made.rotary = {2 * pairs, pick(random, 0, 1), made.table.data()};
+}
+
+kvc_section make_section(Random& random, const Case& made, const kvc_stream& stream) {
+  const uint32_t dtype = made.dtype;
+  const uint32_t tokens = made.token_count;
+  const uint32_t head_size = stream.head_size;
   kvc_section section{};
   if (dtype > KVC_FP32 || pick(random, 0, 7) == 0) {
     section.bits = static_cast<uint8_t>(8 * element_bytes(dtype));
@@ -60,6 +87,7 @@ kvc_section make_section(Random& random, uint32_t dtype, uint32_t tokens, uint32
   const uint32_t usual[] = {16, 32, 64, 128, axis};
   section.group_size =
       pick(random, 0, 1) == 0 ? pick(random, 1, axis) : std::min(axis, usual[pick(random, 0, 4)]);
+  section.options |= transform_of(random, section, stream, made.rotary.size);
   return section;
 }
 
@@ -94,7 +122,7 @@ void finish_plan(Random& random, Case& made) {
                made.header.data(),
                made.streams.data(),
                made.sections.data(),
-               nullptr};
+               &made.rotary};
 }
 
 uint16_t fp16_near(float value) {
@@ -164,9 +192,9 @@ std::unique_ptr<Case> make_case(Random& random, bool large) {
         make_host(random, made->dtype, made->layer_count, made->token_count, heads, head_size));
     made->streams.push_back(made->hosts.back().stream);
   }
+  make_rotary(random, *made);
   for (uint32_t i = 0; i < made->layer_count * stream_count; ++i) {
-    const uint32_t head_size = made->streams[i % stream_count].head_size;
-    made->sections.push_back(make_section(random, made->dtype, made->token_count, head_size));
+    made->sections.push_back(make_section(random, *made, made->streams[i % stream_count]));
   }
   finish_plan(random, *made);
   return made;

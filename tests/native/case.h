@@ -44,6 +44,8 @@ struct Case {
   std::vector<kvc_stream> streams;
   std::vector<kvc_section> sections;
   std::vector<uint8_t> header;
+  std::vector<float> table;  // of the rotary pairs, which stream 0 holds
+  kvc_rotary rotary;
   kvc_plan plan;
 
   std::string text() const;

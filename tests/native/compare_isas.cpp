@@ -3,10 +3,12 @@
 // and its seed.
 //
 //   compare_isas [rounds] [first seed]
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -42,6 +44,12 @@ class Random {
 
 uint32_t element_bytes(uint32_t dtype) { return dtype == KVC_FP32 ? 4 : dtype <= KVC_FP16 ? 2 : 1; }
 
+// Rotary pairs of any angles, and the room that their table needs.
+struct Rotation {
+  std::vector<float> table;
+  kvc_rotary rotary;
+};
+
 // A section, and the memory that holds exactly its rows: a sanitizer sees every step beyond.
 struct Case {
   SectionCodec codec;
@@ -49,6 +57,7 @@ struct Case {
   size_t memory_bytes;
   size_t base_offset;  // of row (0, 0)
   size_t stored_bytes;
+  std::shared_ptr<Rotation> rotation;
 };
 
 SectionCodec random_codec(Random& random) {
@@ -70,6 +79,7 @@ SectionCodec random_codec(Random& random) {
   codec.bits = static_cast<uint8_t>(random.one_of(kBits));
   codec.asymmetric = random.once_in(2);
   codec.channel = random.once_in(3);
+  codec.hadamard = !codec.channel && random.once_in(4);
   return codec;
 }
 
@@ -123,6 +133,19 @@ void place_rows(Random& random, Rows& rows, uint32_t row_bytes, size_t* memory_b
   *memory_bytes = static_cast<size_t>(high - low) + row_bytes;
 }
 
+std::unique_ptr<Rotation> random_rotation(Random& random, const Rows& rows) {
+  auto made = std::make_unique<Rotation>();
+  const uint32_t most = rows.head_size / 2;
+  const uint32_t pairs = random.once_in(3) ? 1 + random.below(most) : most;
+  for (uint32_t i = 0; i < pairs * rows.token_count; ++i) {
+    const double angle = random.below(1000) * 0.01;
+    made->table.push_back(static_cast<float>(std::cos(angle)));
+    made->table.push_back(static_cast<float>(std::sin(angle)));
+  }
+  made->rotary = {2 * pairs, random.below(2), made->table.data()};
+  return made;
+}
+
 Case random_case(Random& random) {
   static const uint32_t kHeadSizes[] = {64, 128, 128, 128, 192, 256, 512, 576, 80,
                                         96, 112, 48,  32,  16,  72,  160, 1024};
@@ -130,15 +153,22 @@ Case random_case(Random& random) {
   result.codec = random_codec(random);
   Rows& rows = result.rows;
   rows.head_size = random.once_in(8) ? 1 + random.below(300) : random.one_of(kHeadSizes);
+  if (result.codec.hadamard) rows.head_size = 1u << random.below(11);
   rows.head_count = 1 + random.below(random.once_in(4) ? 9 : 4);
   rows.token_count = random.once_in(3) ? 64 : 1 + random.below(random.once_in(4) ? 140 : 40);
   rows.group_heads = random.once_in(3) ? 1 + random.below(4) : rows.head_count;
   if (result.codec.kind == KVC_KIND_INT)
     result.codec.group_size = random_group(random, result.codec, rows);
+  if (result.codec.channel && rows.head_size >= 2 && rows.head_size <= 256 && random.once_in(2)) {
+    result.rotation = random_rotation(random, rows);
+    result.codec.derotation = &result.rotation->rotary;
+  }
   place_rows(random, rows, rows.head_size * element_bytes(result.codec.dtype), &result.memory_bytes,
              &result.base_offset);
   const uint32_t options = (result.codec.asymmetric ? KVC_OPTION_ASYMMETRIC : 0) |
-                           (result.codec.channel ? KVC_OPTION_CHANNEL : 0);
+                           (result.codec.channel ? KVC_OPTION_CHANNEL : 0) |
+                           (result.codec.hadamard ? KVC_OPTION_HADAMARD : 0) |
+                           (result.codec.derotation != nullptr ? KVC_OPTION_DEROTATED : 0);
   result.stored_bytes =
       kvc_section_bytes(result.codec.dtype, rows.head_count, rows.token_count, rows.head_size,
                         result.codec.kind, result.codec.bits, options, result.codec.group_size);
@@ -236,10 +266,11 @@ std::string describe(const Case& section) {
   const Rows& r = section.rows;
   char text[400];
   std::snprintf(text, sizeof text,
-                "dtype %d kind %d bits %d asymmetric %d channel %d group %u | heads %u (groups of "
+                "dtype %d kind %d bits %d asymmetric %d channel %d group %u hadamard %d rotated %u | heads %u (groups of "
                 "%u) tokens %u "
                 "head size %u | strides %lld %lld %lld",
-                c.dtype, c.kind, c.bits, c.asymmetric, c.channel, c.group_size, r.head_count,
+                c.dtype, c.kind, c.bits, c.asymmetric, c.channel, c.group_size, c.hadamard,
+                c.derotation != nullptr ? c.derotation->size : 0, r.head_count,
                 r.group_heads, r.token_count, r.head_size, static_cast<long long>(r.group_stride),
                 static_cast<long long>(r.head_stride), static_cast<long long>(r.token_stride));
   return text;
