@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -63,8 +64,7 @@ class Parts:
 
     def clear(self) -> None:
         """Forget them: the next run measures again."""
-        for path in self.folder.glob("*.json"):
-            path.unlink()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def digest_of(options: argparse.Namespace) -> str:
