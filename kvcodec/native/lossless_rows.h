@@ -56,25 +56,52 @@ bool read_tile(const SectionCodec& codec, const Tile& tile, const TileEntry& ent
   return reader.finished();
 }
 
+// Changes places of the upper parts of `a` with the lower parts of `b`, so many bits apart.
+inline void swap_parts(uint64_t* a, uint64_t* b, uint32_t bits, uint64_t lower) {
+  const uint64_t difference = (*a >> bits ^ *b) & lower;
+  *b ^= difference;
+  *a ^= difference << bits;
+}
+
+// Eight bytes of eight lines, kTileTokens apart, become eight bytes of rows, kLineStride apart.
+inline void turn_eight(const uint8_t* lines, uint8_t* rows) {
+  uint64_t v[8];
+  for (uint32_t i = 0; i < 8; ++i) memcpy(&v[i], lines + i * kTileTokens, 8);
+  for (uint32_t i = 0; i < 4; ++i) swap_parts(&v[i], &v[i + 4], 32, 0x00000000FFFFFFFF);
+  for (uint32_t i = 0; i < 8; i += 4) {
+    swap_parts(&v[i], &v[i + 2], 16, 0x0000FFFF0000FFFF);
+    swap_parts(&v[i + 1], &v[i + 3], 16, 0x0000FFFF0000FFFF);
+  }
+  for (uint32_t i = 0; i < 8; i += 2) swap_parts(&v[i], &v[i + 1], 8, 0x00FF00FF00FF00FF);
+  for (uint32_t i = 0; i < 8; ++i) memcpy(rows + i * kLineStride, &v[i], 8);
+}
+
+// A row from its high and low bytes.
+template <typename Element>
+void store_row(const uint8_t* high, const uint8_t* low, uint32_t count, uint8_t* row) {
+  uint16_t words[kTileChannels];
+  for (uint32_t c = 0; c < count; ++c) {
+    const uint32_t word = static_cast<uint32_t>(high[c] << 8 | low[c]);
+    words[c] = static_cast<uint16_t>(Element::kRotated ? word >> 1 | word << 15 : word);
+  }
+  memcpy(row, words, 2 * size_t{count});
+}
+
+// Eight tokens at a time.
 template <typename Element>
 void store_tile(const SectionCodec& codec, const Rows& rows, const Tile& tile,
                 const ReadTile& work, const uint8_t* plane) {
-  const uint32_t token_step = codec.channel ? 1 : kLineStride;
-  const uint32_t channel_step = codec.channel ? kTileTokens : 1;
-  uint8_t high[kTileChannels];
-  uint16_t words[kTileChannels];
-  for (uint32_t t = 0; t < tile.tokens; ++t) {
-    const uint8_t* source = work.high + t * token_step;
-    for (uint32_t c = 0; c < tile.channels; ++c) high[c] = source[c * channel_step];
-    const uint8_t* low = plane +
-                         (size_t{tile.head} * rows.token_count + tile.token + t) * rows.head_size +
-                         tile.channel;
-    for (uint32_t c = 0; c < tile.channels; ++c) {
-      const uint32_t word = static_cast<uint32_t>(high[c] << 8 | low[c]);
-      words[c] = static_cast<uint16_t>(Element::kRotated ? word >> 1 | word << 15 : word);
+  uint8_t turned[8 * kLineStride];
+  for (uint32_t t = 0; t < tile.tokens; t += 8) {
+    const uint8_t* high = codec.channel ? turned : work.high + t * kLineStride;
+    for (uint32_t c = 0; codec.channel && c < tile.channels; c += 8)
+      turn_eight(work.high + c * kTileTokens + t, turned + c);
+    const uint32_t end = tile.tokens - t < 8 ? tile.tokens : t + 8;
+    for (uint32_t i = t; i < end; ++i, high += kLineStride) {
+      const size_t row = size_t{tile.head} * rows.token_count + tile.token + i;
+      store_row<Element>(high, plane + row * rows.head_size + tile.channel, tile.channels,
+                         rows.row(tile.head, tile.token + i) + 2 * size_t{tile.channel});
     }
-    memcpy(rows.row(tile.head, tile.token + t) + 2 * size_t{tile.channel}, words,
-           2 * size_t{tile.channels});
   }
 }
 
