@@ -74,6 +74,12 @@ EXAMPLES = (
         16,
         quarters(24, 16),
     ),
+    (
+        "5.4 Transformed int sections: keys derotated, values through a Hadamard matrix",
+        "key=int4-channel-derotated-asym-g4 value=int4-hadamard-asym",
+        8,
+        [rows[:4] for rows in quarters(4, 8)],
+    ),
 )
 
 
@@ -86,7 +92,8 @@ def bf16(values: Sequence[Sequence[float]]) -> Rows:
 def kind_note(codec: SectionCodec) -> str:
     """What the first bytes of a row of the section table say."""
     if codec.kind is Kind.INT:
-        return f"int, {codec.bits} bits, options {int(codec.asymmetric)}"
+        options = codec.asymmetric | codec.axis << 1 | codec.transform << 2
+        return f"int, {codec.bits} bits, options {options}"
     if codec.kind is Kind.ECQ:
         return f"ecq, nominal bits {codec.bits} / 16, options {2 * int(codec.axis)}, table 1"
     return codec.text + (", table 1" if codec.kind is Kind.LOSSLESS else "")
@@ -134,6 +141,13 @@ def section_parts(page: EncodedPage, index: int) -> Iterator[tuple[int, str]]:
     name = stream.role.text
     if codec.kind.is_coded:
         yield from coded_parts(bytes(page.section(index))[:stored], name, index, tokens)
+    elif codec.axis:
+        assert tokens == codec.group_size == 32 // codec.bits // 2
+        for channel in range(stream.head_size):
+            yield 4, f"section {index}, {name}, channel {channel}: zero and scale"
+        yield pad64(4 * stream.head_size) - 4 * stream.head_size, "padding"
+        for channel in range(stream.head_size):
+            yield 4, f"codes of channel {channel}"
     elif codec.bits:
         groups = -(-stream.head_size // codec.group_size)
         for token in range(tokens):
