@@ -10,10 +10,11 @@ from cli_pages import run_json, run_text
 
 from kvcodec import native
 from kvcodec.cli import bench_memory, bench_text
-from kvcodec.cli.bench_codec import _Case
+from kvcodec.cli.bench_codec import _Case, _rotary_of
 from kvcodec.cli.bench_memory import Memory, fill, layout_of
 from kvcodec.cli.bench_traffic import MEMCPY, RANGE, STREAM, Sample, run_traffic, stream_isa
 from kvcodec.errors import NativeError
+from kvcodec.spec import CodecSpec
 
 ISA = native.available_isas()[0]
 SMALL = ["--working-set-mb", "8", "--rounds", "2", "--page-tokens", "16", "--threads", "1"]
@@ -71,6 +72,15 @@ def test_codecs_may_be_codecs_presets_and_specs(capsys):
     assert 1.2 < lossless["raw_to_encoded"] < 1.45
     assert raw["raw_to_encoded"] == pytest.approx(1, abs=0.01)
     assert mixed["raw_to_encoded"] == pytest.approx(32 / 12.5, rel=0.01)
+
+
+def test_derotated_keys_are_measured_with_a_rotation():
+    """Without one they would be plain; other codecs are measured as they always were."""
+    rotary = _rotary_of(CodecSpec.parse("kv4-derotated"), 128)
+    assert rotary is not None
+    assert rotary.size == 128
+    for text in ("kv4-channel", "ecq-3"):
+        assert _rotary_of(CodecSpec.parse(text), 128) is None
 
 
 def test_isas_are_those_asked_for_and_all_by_default(capsys):
