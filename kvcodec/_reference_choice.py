@@ -129,12 +129,13 @@ def _sum_in_order(terms: Float32) -> Float32:
 
 
 def _sum_in_lanes(terms: Float32) -> Float32:
-    """Along the last axis: 16 sums in order, then halves onto halves."""
-    lanes = np.zeros((*terms.shape[:-1], -(-terms.shape[-1] // 16) * 16), np.float32)
+    """Along the last axis: neighbours into 16 sums in order, then halves onto halves."""
+    lanes = np.zeros((*terms.shape[:-1], -(-terms.shape[-1] // 32) * 32), np.float32)
     lanes[..., : terms.shape[-1]] = terms
     total = np.zeros((*terms.shape[:-1], 16), np.float32)
-    for at in range(0, lanes.shape[-1], 16):
-        total = total + lanes[..., at : at + 16]
+    for at in range(0, lanes.shape[-1], 32):
+        total = total + lanes[..., at : at + 32 : 2]
+        total = total + lanes[..., at + 1 : at + 32 : 2]
     for half in (8, 4, 2, 1):
         total = total[..., :half] + total[..., half : 2 * half]
     return total[..., 0]

@@ -27,7 +27,7 @@ __all__ = [
 Integers = npt.NDArray[np.int64]
 
 LANES = 32
-_TILE_TOKENS = 64
+TILE_TOKENS = 64
 _TILE_CHANNELS = 256
 _PREAMBLE = 8
 _ENTRY = 6
@@ -43,11 +43,11 @@ def tile_slices(shape: tuple[int, int, int]) -> Iterator[tuple[int, slice, slice
     """Head, tokens and channels of every tile of (heads, tokens, head_size), in order."""
     heads, tokens, size = shape
     for head in range(heads):
-        for token in range(0, tokens, _TILE_TOKENS):
+        for token in range(0, tokens, TILE_TOKENS):
             for channel in range(0, size, _TILE_CHANNELS):
                 yield (
                     head,
-                    slice(token, min(token + _TILE_TOKENS, tokens)),
+                    slice(token, min(token + TILE_TOKENS, tokens)),
                     slice(channel, min(channel + _TILE_CHANNELS, size)),
                 )
 

@@ -14,7 +14,10 @@ __all__ = ["half_steps", "search_path"]
 
 Mask = npt.NDArray[np.bool_]
 
-_NEVER = 1 << 28
+_DEAREST = 127  # of a price and of a total
+# The square of a distance in 1/4 half step, by 64ths of the way through the four half steps around
+# a point.
+_SQUARES = ((2 * np.arange(64) - 63) ** 2 + 32) >> 6
 
 
 def half_steps(indices: Integers, active: Mask) -> Integers:
@@ -34,12 +37,14 @@ def half_steps(indices: Integers, active: Mask) -> Integers:
 def search_path(numbers: Integers, active: Mask, costs: Integers) -> Integers:
     """The indices k of the cheapest path.
 
-    `numbers` are sixteenths of half steps; `costs` (tiles, steps, 64) is what each k from -32 to 31
-    costs. State 2 * o + q; among equals the lower predecessor, at the end the lower state.
+    `numbers` are 64ths of half steps; `costs` (tiles, steps, 64) is what each k from -32 to 31
+    costs. State 2 * o + q; among equals the lower predecessor, at the end the lower state. Totals
+    are relative to that of state 0, and kept within a byte.
     """
     tiles, steps, lanes = numbers.shape
-    total = np.full((4, tiles, lanes), _NEVER, np.int64)
+    total = np.full((4, tiles, lanes), _DEAREST, np.int64)
     total[0] = 0
+    begun = np.zeros((tiles, lanes), np.bool_)
     before = np.zeros((steps, 4, tiles, lanes), np.int8)
     chosen = np.zeros((steps, 4, tiles, lanes), np.int16)
     rows = np.arange(tiles)[:, None]
@@ -47,22 +52,25 @@ def search_path(numbers: Integers, active: Mask, costs: Integers) -> Integers:
         v, here = numbers[:, step], active[:, step]
         indices, prices = [], []
         for coset in range(4):
-            u = coset + 4 * ((v - 16 * coset + 32) >> 6)
-            k = (u - (coset & 1)) >> 1
-            error = v - 16 * u
-            price = error * error + costs[:, step][rows, np.clip(k, -32, 31) + 32]
+            way = v - 64 * coset + 128
+            k = 2 * (way >> 8) + (coset >> 1)
+            cost = costs[:, step][rows, np.clip(k, -32, 31) + 32]
             indices.append(k)
-            prices.append(price)
+            prices.append(np.minimum(_SQUARES[(way & 255) >> 2] + cost, _DEAREST))
         after = np.empty_like(total)
         for state in range(4):
             o, q = state >> 1, state & 1
             first, second = q + 2 * o, q + 2 * (1 - o)  # cosets from (q, 0) and from (q, 1)
-            low, high = total[2 * q] + prices[first], total[2 * q + 1] + prices[second]
+            low = np.minimum(total[2 * q] + prices[first], _DEAREST)
+            high = np.minimum(total[2 * q + 1] + prices[second], _DEAREST)
             better = high < low
-            after[state] = np.where(here, np.where(better, high, low), total[state])
+            after[state] = np.where(better, high, low)
             before[step, state] = np.where(here, np.where(better, 2 * q + 1, 2 * q), state)
             chosen[step, state] = np.where(better, indices[second], indices[first])
-        total = after
+        after = np.clip(after - after[0], -128, _DEAREST)
+        after[1::2, ~begun] = _DEAREST  # no path of one element leads there
+        begun |= here
+        total = np.where(here, after, total)
     state = total.argmin(axis=0)
     out = np.zeros_like(numbers)
     lane = np.arange(lanes)[None, :]

@@ -26,6 +26,7 @@ from kvcodec._reference_choice import (
 from kvcodec._reference_elements import from_float32, to_float32
 from kvcodec._reference_stream import (
     LANES,
+    TILE_TOKENS,
     CodedParts,
     DamagedSection,
     Integers,
@@ -58,6 +59,8 @@ Float32 = npt.NDArray[np.float32]
 
 _DOMAIN = np.float32(2.0**31)
 _CHOICES = range(0, 33, 4)  # of scale_class and mean_class
+_FAMILY_STEPS = 8
+_DEROTATION_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -163,8 +166,8 @@ def _quantize(
     inverse = power(16 - steps.exponent(reference[:, None], scales))[:, groups.group]
     means = np.rint(found.mean * inverse)
     means[(scales == EMPTY)[:, groups.group]] = 0
-    scaled = sequences * inverse[..., None] - means[..., None]
-    numbers = np.rint(scaled * np.float32(16)).astype(np.int64)
+    half_steps = (sequences * inverse[..., None]).astype(np.float64)  # nothing more is rounded
+    numbers = np.rint(64 * (half_steps - means[..., None])).astype(np.int64)
     length = sequences.shape[-1]
     numbers[(scales == EMPTY)[:, groups.group]] = 0
     per_class = np.stack([path_costs(index) for index in range(33)])
@@ -192,6 +195,16 @@ def _length(values: Integers, family: int, index: int) -> int:
     return int(code_lengths(family, index)[values + 2048].sum())
 
 
+def _sampled_length(indices: Integers, full: Integers, classes: Integers, family: int) -> int:
+    """Of every eighth step of a tile."""
+    steps = [
+        (indices[i, start : start + LANES], classes[i])
+        for i in full
+        for start in range(0, indices.shape[1], LANES)
+    ]
+    return sum(_length(values, family, index) for values, index in steps[::_FAMILY_STEPS])
+
+
 def _tile_stream(tiles: QuantizedTiles, at: int, steps: Steps) -> tuple[TileEntry, bytes]:
     """Step 9 and the stream of one tile."""
     groups, scales = tiles.groups, tiles.scales[at]
@@ -199,9 +212,7 @@ def _tile_stream(tiles: QuantizedTiles, at: int, steps: Steps) -> tuple[TileEntr
     means[groups.order] = tiles.means[at]
     classes = steps.classes(scales)[groups.group]
     full = np.flatnonzero((scales != EMPTY)[groups.group])
-    by_family = [
-        sum(_length(tiles.indices[at, i], family, classes[i]) for i in full) for family in (0, 1)
-    ]
+    by_family = [_sampled_length(tiles.indices[at], full, classes, family) for family in (0, 1)]
     family = int(by_family[1] < by_family[0])
     scale_class = min(_CHOICES, key=lambda index: _length(scales, 0, index))
     mean_class = min(_CHOICES, key=lambda index: _length(means, 0, index))
@@ -226,11 +237,13 @@ def _choose_turn(values: Float32, codec: EcqCodec) -> bool:
         return False
     costs = [0, 0]
     for batch in _batches(values):
+        every = _DEROTATION_TOKENS if batch.tokens == TILE_TOKENS else 1
         for turn in (False, True):
             groups = codec.groups(batch.tokens, batch.channels, turn)
             tiles = batch.values
             if turn:
                 tiles = turned(tiles, codec.rotary, batch.first_tokens, -1)
+            tiles = tiles[:, ::every]
             found = measure(groups.sequences(tiles), groups)
             exponent = np.where(found.empty, -252, found.exponent)
             costs[turn] += int((exponent * groups.sizes).sum())

@@ -155,4 +155,4 @@ def path_costs(index: int) -> npt.NDArray[np.int64]:
     if class_parts(index)[1] > 0:
         return np.zeros(64, np.int64)
     lengths = np.minimum(code_lengths(0, index), code_lengths(1, index))
-    return 13 * lengths[2048 - 32 : 2048 + 32] >> 5
+    return 13 * lengths[2048 - 32 : 2048 + 32] + 256 >> 9

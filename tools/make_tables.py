@@ -189,9 +189,9 @@ inline constexpr uint16_t kCodeLength[257] = {
 @LENGTHS@
 };
 
-// What an index k costs a path of the trellis, at [n][k + 32]: 13/32 of the shorter of both
-// families' codes, an escape's byte included. The unit is the square of 1/16 half step.
-inline constexpr uint16_t kPathCost[17][64] = {
+// What an index k costs a path of the trellis, at [n][k + 32]: 6.5 for each bit of the shorter of
+// both families' codes, an escape's byte included. The unit is the square of 1/4 half step.
+inline constexpr uint8_t kPathCost[17][64] = {
 @PATH@
 };
 
@@ -233,7 +233,7 @@ def path_cost(tables: dict[str, Table], number: int) -> list[int]:
         bits = math.log2(SLOTS / slots[j if inside else escape])
         return round(256 * bits) + (0 if inside else 256 * ESCAPE_BITS)
 
-    return [13 * min(length(0, k), length(1, k)) >> 5 for k in range(-32, 32)]
+    return [13 * min(length(0, k), length(1, k)) + 256 >> 9 for k in range(-32, 32)]
 
 
 def cpp_form(tables: list[tuple[str, Table]]) -> str:

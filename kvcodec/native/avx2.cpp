@@ -83,13 +83,13 @@ void decode_section(const SectionCodec& codec, const uint8_t* in, const Rows& ro
 
 uint64_t checksum(const void* data, size_t bytes) { return XXH3_64bits(data, bytes); }
 
-size_t encode_coded(const SectionCodec& codec, const Rows& rows, const kvc_rotary* rotary,
-                    uint8_t* scratch, uint8_t* out) {
+size_t encode_coded(const SectionCodec& codec, const Rows& rows, const Rows* next,
+                    const kvc_rotary* rotary, uint8_t* scratch, uint8_t* out) {
   switch (codec.kind) {
     case KVC_KIND_BLOCK:
       return encode_block_avx2(codec, rows, out);
     default:
-      return kScalarKernels.encode_coded(codec, rows, rotary, scratch, out);
+      return kScalarKernels.encode_coded(codec, rows, next, rotary, scratch, out);
   }
 }
 

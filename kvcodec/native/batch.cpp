@@ -410,20 +410,17 @@ size_t kvc_batch::encode_rows(const kvc_page& page, PageState& state, uint32_t i
   *out = scratch.at_least(room + (coded ? kCodedScratchBytes : 0));
   if (*out == nullptr) return 0;
   const Rows rows = rows_of(page, section);
+  const bool last = index + 1 == end;
+  const Rows after = last ? rows : rows_of(page, sections_[index + 1]);
+  const Rows* next = last ? nullptr : &after;
   if (coded) {
     const size_t stored =
-        kernels_->encode_coded(section.codec, rows, rotary_of(section), *out + room, *out);
+        kernels_->encode_coded(section.codec, rows, next, rotary_of(section), *out + room, *out);
     if (stored != 0) return stored;
-    kernels_->encode_section(raw_codec(section.codec), rows, nullptr, *out);
+    kernels_->encode_section(raw_codec(section.codec), rows, next, *out);
     return section.stored_bytes;
   }
-  uint64_t outside;
-  if (index + 1 < end) {
-    const Rows next_rows = rows_of(page, sections_[index + 1]);
-    outside = kernels_->encode_section(section.codec, rows, &next_rows, *out);
-  } else {
-    outside = kernels_->encode_section(section.codec, rows, nullptr, *out);
-  }
+  const uint64_t outside = kernels_->encode_section(section.codec, rows, next, *out);
   if (outside != 0) state.nonfinite_groups.fetch_add(outside, std::memory_order_relaxed);
   return section.stored_bytes;
 }

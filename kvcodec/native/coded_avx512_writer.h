@@ -9,8 +9,8 @@ struct alignas(64) WriterTable {
   uint16_t inverse[32];  // 65536 / frequency, rounded down
   uint16_t cum[32];
   uint16_t cost[32];  // with the escape's byte
-  uint16_t first;
-  uint16_t escape;
+  uint16_t first[32];  // the same number everywhere
+  uint16_t escape[32];
 };
 
 constexpr WriterTable writer_table(const CodingTable& table) {
@@ -21,8 +21,10 @@ constexpr WriterTable writer_table(const CodingTable& table) {
     result.cum[j] = table.cum[j];
     result.cost[j] = static_cast<uint16_t>(table.cost[j] + (j == table.escape ? kEscapeByte : 0));
   }
-  result.first = static_cast<uint16_t>(static_cast<int16_t>(table.first));
-  result.escape = table.escape;
+  for (int i = 0; i < 32; ++i) {
+    result.first[i] = static_cast<uint16_t>(static_cast<int16_t>(table.first));
+    result.escape[i] = table.escape;
+  }
   return result;
 }
 
@@ -34,52 +36,98 @@ struct StreamTarget {
   uint32_t steps;
   const void* values;         // that the steps point into
   const WriterTable* tables;  // of the family
+  bool shifted;               // some step has raw bits
+  bool masked;                // or fewer than 32 lanes
   __m512i x;
 };
 
 KVC_INLINE __m512i symbols_of(const WriterTable& table, __m512i upper) {
-  const __m512i j =
-      _mm512_sub_epi16(upper, _mm512_set1_epi16(static_cast<int16_t>(table.first)));
-  return _mm512_min_epu16(j, _mm512_set1_epi16(static_cast<int16_t>(table.escape)));
+  const __m512i j = _mm512_sub_epi16(upper, _mm512_load_si512(table.first));
+  return _mm512_min_epu16(j, _mm512_load_si512(table.escape));
+}
+
+// A writer goes backwards, from the last lane to the first: its vectors hold lane 31 first. So the
+// bytes of a step end where the stream begins, and whatever is stored before them is overwritten.
+
+// Bytes 2 * (31 - i) + odd of a vector for byte i.
+struct alignas(64) ReversedBytes {
+  uint8_t even[64];
+  uint8_t from_bytes[64];  // byte 31 - i in the upper half of word i
+  uint16_t words[32];
+};
+
+constexpr ReversedBytes reversed_bytes() {
+  ReversedBytes result{};
+  for (int i = 0; i < 32; ++i) {
+    result.even[i] = static_cast<uint8_t>(2 * (31 - i));
+    result.from_bytes[2 * i + 1] = static_cast<uint8_t>(31 - i);
+    result.words[i] = static_cast<uint16_t>(31 - i);
+  }
+  return result;
+}
+
+constexpr ReversedBytes kReversed = reversed_bytes();
+// Stores reach so far before a stream.
+constexpr size_t kWriterSlack = 32;
+
+KVC_INLINE __m512i reversed_words(__m512i words) {
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kReversed.words), words);
 }
 
 // Puts the low bytes of the chosen words before the stream.
 KVC_INLINE uint8_t* put_bytes(uint8_t* at, __mmask32 chosen, __m512i words) {
-  const uint32_t count = static_cast<uint32_t>(__builtin_popcount(chosen));
-  at -= count;
-  _mm256_mask_storeu_epi8(at, _bzhi_u32(~0u, count),
-                          _mm512_cvtepi16_epi8(_mm512_maskz_compress_epi16(chosen, words)));
-  return at;
+  const __m512i bytes = _mm512_permutexvar_epi8(_mm512_load_si512(kReversed.even),
+                                                _mm512_maskz_compress_epi16(chosen, words));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(at - kWriterSlack),
+                      _mm512_castsi512_si256(bytes));
+  return at - __builtin_popcount(chosen);
 }
 
-// One step of one stream. The values of words are integers of 16 bits, otherwise of 8.
-template <bool kWords>
+// One step of one stream. The values of words are integers of 16 bits, otherwise of 8. No branch
+// depends on them: one step in eight has an escape.
+template <bool kWords, bool kShifted, bool kMasked>
 KVC_INLINE void put_step(StreamTarget& s) {
   const StreamStep step(*--s.step);
   const WriterTable& table = *reinterpret_cast<const WriterTable*>(
       reinterpret_cast<const uint8_t*>(s.tables) + step.table());
-  const __mmask32 active = _bzhi_u32(~0u, step.count());
+  const __mmask32 active = kMasked ? ~0u << (32 - step.count()) : ~0u;
+  __m512i words;
+  __m256i bytes;
   __m512i value;
   if (kWords) {
-    value = _mm512_loadu_si512(static_cast<const int16_t*>(s.values) + step.out());
+    words = _mm512_loadu_si512(static_cast<const int16_t*>(s.values) + step.out());
+    value = reversed_words(words);
   } else {
-    value = _mm512_cvtepi8_epi16(_mm256_load_si256(
-        reinterpret_cast<const __m256i*>(static_cast<const int8_t*>(s.values) + step.out())));
+    bytes = _mm256_loadu_si256(
+        reinterpret_cast<const __m256i*>(static_cast<const int8_t*>(s.values) + step.out()));
+    value = _mm512_srai_epi16(
+        _mm512_permutexvar_epi8(_mm512_load_si512(kReversed.from_bytes),
+                                _mm512_castsi256_si512(bytes)),
+        8);
   }
-  const uint32_t shift = step.shift();
-  if (__builtin_expect(shift != 0, false)) {
+  if (kShifted) {
+    const uint32_t shift = step.shift();
+    const __mmask32 lanes = kMasked ? _bzhi_u32(~0u, step.count()) : ~0u;
+    const auto plane_of = [&](uint32_t i) -> uint32_t {
+      if (kWords)
+        return _mm512_mask_test_epi16_mask(lanes, words,
+                                           _mm512_set1_epi16(static_cast<int16_t>(1 << i)));
+      return _mm256_mask_test_epi8_mask(lanes, bytes, _mm256_set1_epi8(static_cast<char>(1 << i)));
+    };
+    // Of no planes the lowest one is written before the stream.
     s.at -= 4 * shift;
-    for (uint32_t i = 0; i < shift; ++i) {
-      const __m512i bit = _mm512_set1_epi16(static_cast<int16_t>(1 << i));
-      const uint32_t plane = _mm512_mask_test_epi16_mask(active, value, bit);
+    const uint32_t lowest = plane_of(0);
+    memcpy(s.at - 4 * (shift == 0), &lowest, sizeof lowest);
+    for (uint32_t i = 1; __builtin_expect(i < shift, false); ++i) {
+      const uint32_t plane = plane_of(i);
       memcpy(s.at + 4 * i, &plane, sizeof plane);
     }
     value = _mm512_sra_epi16(value, _mm_cvtsi32_si128(static_cast<int>(shift)));
   }
   const __m512i j = symbols_of(table, value);
-  const __mmask32 escaped = _mm512_mask_cmpeq_epi16_mask(
-      active, j, _mm512_set1_epi16(static_cast<int16_t>(table.escape)));
-  if (__builtin_expect(escaped != 0, false)) s.at = put_bytes(s.at, escaped, value);
+  const __mmask32 escaped =
+      _mm512_mask_cmpeq_epi16_mask(active, j, _mm512_load_si512(table.escape));
+  s.at = put_bytes(s.at, escaped, value);
   const __m512i freq = _mm512_permutexvar_epi16(j, _mm512_load_si512(table.freq));
   const __m512i inverse = _mm512_permutexvar_epi16(j, _mm512_load_si512(table.inverse));
   const __m512i cum = _mm512_permutexvar_epi16(j, _mm512_load_si512(table.cum));
@@ -92,20 +140,47 @@ KVC_INLINE void put_step(StreamTarget& s) {
   const __mmask32 less = _mm512_cmpge_epu16_mask(rest, freq);
   __m512i y = _mm512_add_epi16(_mm512_add_epi16(rest, cum), _mm512_slli_epi16(quotient, 8));
   y = _mm512_mask_add_epi16(y, less, y, _mm512_sub_epi16(_mm512_set1_epi16(256), freq));
-  s.x = _mm512_mask_mov_epi16(s.x, active, y);
+  s.x = kMasked ? _mm512_mask_mov_epi16(s.x, active, y) : y;
 }
 
-template <uint32_t kStreams, bool kWords>
-void put_steps(StreamTarget** targets, uint32_t count) {
+// What is read next, line by line of the cache: fetched while there is other work, because the
+// hardware foresees no strided rows, and not all at once, because then it would have to wait.
+struct LinesAhead {
+  const uint8_t* row[kInterleaved];
+  int64_t stride;
+  uint32_t tiles = 0;
+  uint32_t tile = 0;
+  uint32_t row_bytes = 0;
+  uint32_t at = 0;
+  uint32_t rows = 0;  // left
+
+  // Line by line of a row, and row by row of all tiles: heads often are neighbours.
+  KVC_INLINE void fetch() {
+    if (rows == 0) return;
+    prefetch(row[tile], at);
+    at += 64;
+    if (at < row_bytes) return;
+    at = 0;
+    row[tile] += stride;
+    if (++tile < tiles) return;
+    tile = 0;
+    --rows;
+  }
+};
+
+template <uint32_t kStreams, bool kWords, bool kShifted, bool kMasked>
+void put_steps(StreamTarget** targets, uint32_t count, LinesAhead& ahead) {
   StreamTarget a = *targets[0];
   StreamTarget b = *targets[kStreams > 1 ? 1 : 0];
   StreamTarget c = *targets[kStreams > 2 ? 2 : 0];
   StreamTarget d = *targets[kStreams > 3 ? 3 : 0];
   for (uint32_t i = 0; i < count; ++i) {
-    put_step<kWords>(a);
-    if (kStreams > 1) put_step<kWords>(b);
-    if (kStreams > 2) put_step<kWords>(c);
-    if (kStreams > 3) put_step<kWords>(d);
+    ahead.fetch();
+    ahead.fetch();
+    put_step<kWords, kShifted, kMasked>(a);
+    if (kStreams > 1) put_step<kWords, kShifted, kMasked>(b);
+    if (kStreams > 2) put_step<kWords, kShifted, kMasked>(c);
+    if (kStreams > 3) put_step<kWords, kShifted, kMasked>(d);
   }
   *targets[0] = a;
   if (kStreams > 1) *targets[1] = b;
@@ -113,32 +188,41 @@ void put_steps(StreamTarget** targets, uint32_t count) {
   if (kStreams > 3) *targets[3] = d;
 }
 
+template <bool kWords, bool kShifted, bool kMasked>
+void put_steps_of(StreamTarget** targets, uint32_t target_count, uint32_t count,
+                  LinesAhead& ahead) {
+  switch (target_count) {
+    case 4:
+      return put_steps<4, kWords, kShifted, kMasked>(targets, count, ahead);
+    case 3:
+      return put_steps<3, kWords, kShifted, kMasked>(targets, count, ahead);
+    case 2:
+      return put_steps<2, kWords, kShifted, kMasked>(targets, count, ahead);
+    default:
+      return put_steps<1, kWords, kShifted, kMasked>(targets, count, ahead);
+  }
+}
+
 // All steps of up to kInterleaved streams, from the last one to the first.
 template <bool kWords>
-void put_streams(StreamTarget* targets, uint32_t target_count) {
+void put_streams(StreamTarget* targets, uint32_t target_count, LinesAhead& ahead) {
   for (;;) {
     StreamTarget* running[kInterleaved];
     uint32_t count = 0;
     uint32_t steps = UINT32_MAX;
+    bool shifted = false;
+    bool masked = false;
     for (uint32_t i = 0; i < target_count; ++i) {
       if (targets[i].steps == 0) continue;
       running[count++] = &targets[i];
       steps = targets[i].steps < steps ? targets[i].steps : steps;
+      shifted |= targets[i].shifted;
+      masked |= targets[i].masked;
     }
     if (count == 0) return;
     for (uint32_t i = 0; i < count; ++i) running[i]->steps -= steps;
-    switch (count) {
-      case 4:
-        put_steps<4, kWords>(running, steps);
-        break;
-      case 3:
-        put_steps<3, kWords>(running, steps);
-        break;
-      case 2:
-        put_steps<2, kWords>(running, steps);
-        break;
-      default:
-        put_steps<1, kWords>(running, steps);
-    }
+    masked    ? put_steps_of<kWords, true, true>(running, count, steps, ahead)
+    : shifted ? put_steps_of<kWords, true, false>(running, count, steps, ahead)
+              : put_steps_of<kWords, false, false>(running, count, steps, ahead);
   }
 }

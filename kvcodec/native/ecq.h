@@ -20,8 +20,8 @@ bool decode_ecq(const SectionCodec&, const uint8_t* in, size_t stored_bytes, con
 bool decode_ecq_avx2(const SectionCodec&, const uint8_t* in, size_t stored_bytes, const Rows&,
                      const kvc_rotary*, uint8_t* scratch);
 // These need VBMI and VBMI2 as well.
-size_t encode_ecq_avx512(const SectionCodec&, const Rows&, const kvc_rotary*, uint8_t* scratch,
-                         uint8_t* out);
+size_t encode_ecq_avx512(const SectionCodec&, const Rows&, const Rows* next, const kvc_rotary*,
+                         uint8_t* scratch, uint8_t* out);
 bool decode_ecq_avx512(const SectionCodec&, const uint8_t* in, size_t stored_bytes, const Rows&,
                        const kvc_rotary*, uint8_t* scratch);
 #endif

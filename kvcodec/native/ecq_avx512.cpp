@@ -40,13 +40,15 @@ namespace {
 #include "ecq_avx512.h"
 #include "coded_avx512_writer.h"
 #include "ecq_avx512_search.h"
+#include "ecq_avx512_measure.h"
+#include "ecq_avx512_quantize.h"
 #include "ecq_avx512_encode.h"
 
 }  // namespace
 
-size_t encode_ecq_avx512(const SectionCodec& codec, const Rows& rows, const kvc_rotary* rotary,
-                         uint8_t* scratch, uint8_t* out) {
-  return encode_ecq_section(codec, rows, rotary, scratch, out);
+size_t encode_ecq_avx512(const SectionCodec& codec, const Rows& rows, const Rows* next,
+                         const kvc_rotary* rotary, uint8_t* scratch, uint8_t* out) {
+  return encode_ecq_section(codec, rows, next, rotary, scratch, out);
 }
 
 bool decode_ecq_avx512(const SectionCodec& codec, const uint8_t* in, size_t stored_bytes,

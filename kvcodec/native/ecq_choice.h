@@ -13,6 +13,17 @@ constexpr int32_t kNoEnergy = -252;
 constexpr float kLargestDeviation = 124.25f;
 constexpr float kLargestMean = 2000.0f;
 constexpr uint32_t kEscapeLength = 2048;  // an escape's byte in 1/256 bit
+// Elements of how many steps decide about the family: every eighth of a tile.
+constexpr uint32_t kFamilySteps = 8;
+
+// Every so many tokens of a tile decide about derotation: of a whole one a quarter is enough.
+inline uint32_t derotation_step(const Tile& tile) { return tile.tokens == kTileTokens ? 4 : 1; }
+
+// The square of a distance in 1/4 half step; `place` are 64ths of the way through the four half
+// steps around a point of the trellis.
+constexpr uint8_t path_square(int place) {
+  return static_cast<uint8_t>(((2 * place - 63) * (2 * place - 63) + 32) >> 6);
+}
 
 // What is known of each group of a tile before its scales are chosen.
 struct EcqGroups {
@@ -55,13 +66,18 @@ struct EcqGroups {
       count += sequences[g];
       largest_exponent = exponent[g] > largest_exponent ? exponent[g] : largest_exponent;
     }
-    if (count == 0) return -kReferenceBias;
     int32_t sum = 0;
     for (uint32_t g = 0; g < groups; ++g) {
       if (empty(g)) continue;
       const int32_t floor = largest_exponent - 48;
       sum += sequences[g] * (exponent[g] > floor ? exponent[g] : floor);
     }
+    return mean_exponent(sum, count);
+  }
+
+  // Rounded; of `count` sequences.
+  static int32_t mean_exponent(int32_t sum, int32_t count) {
+    if (count == 0) return -kReferenceBias;
     const int32_t twice = 2 * sum + count;
     const int32_t r = twice / (2 * count) - (twice % (2 * count) < 0);
     return r < -kReferenceBias ? -kReferenceBias : r > 95 ? 95 : r;

@@ -17,7 +17,7 @@ struct EncodedTile {
   int32_t scale[kTileChannels];
   int32_t mean_steps[kTileChannels];  // of each channel
   // Of each step of the elements: class, lanes, and integers, which the search turns from
-  // sixteenths of half steps into indices.
+  // 64ths of half steps into indices.
   uint32_t step_count;
   uint8_t step_class[kMaxTileSteps];
   uint8_t step_lanes[kMaxTileSteps];
@@ -33,9 +33,12 @@ struct EcqEncoder {
   const kvc_rotary* rotary;  // while tiles are derotated, else nullptr
   EncodedTile& work;
   EcqOrder order;
+  uint32_t token_step = 1;  // every so many tokens of a tile are taken
 
   uint32_t lines(const Tile& tile) const { return codec.channel ? tile.channels : tile.tokens; }
-  uint32_t elements(const Tile& tile) const { return codec.channel ? tile.tokens : tile.channels; }
+  uint32_t elements(const Tile& tile) const {
+    return codec.channel ? tile.tokens / token_step : tile.channels;
+  }
   uint32_t stride() const { return codec.channel ? kTileTokens : kTileChannels; }
   float* line(uint32_t index) const { return work.values + index * stride(); }
 };
@@ -46,9 +49,9 @@ bool load_tile(const EcqEncoder& encoder, const Tile& tile) {
   const uint32_t token_step = encoder.codec.channel ? 1 : kTileChannels;
   const uint32_t channel_step = encoder.codec.channel ? kTileTokens : 1;
   uint32_t largest = 0;
-  for (uint32_t t = 0; t < tile.tokens; ++t) {
-    const uint8_t* row =
-        encoder.rows.row(tile.head, tile.token + t) + tile.channel * Element::kBytes;
+  for (uint32_t t = 0; t < tile.tokens / encoder.token_step; ++t) {
+    const uint8_t* row = encoder.rows.row(tile.head, tile.token + t * encoder.token_step) +
+                         tile.channel * Element::kBytes;
     for (uint32_t c = 0; c < tile.channels; ++c) {
       const float value = Element::load(row + c * Element::kBytes);
       largest = std::max(largest, bits_of(value) & 0x7FFFFFFF);
@@ -60,15 +63,16 @@ bool load_tile(const EcqEncoder& encoder, const Tile& tile) {
 
 void derotate_tile(const EcqEncoder& encoder, const Tile& tile) {
   const uint32_t pairs = encoder.rotary->size / 2;
+  const uint32_t step = encoder.token_step;
   for (uint32_t pair = 0; pair < pairs; ++pair) {
     float* a = encoder.line(encoder.order.line[2 * pair]);
     float* b = encoder.line(encoder.order.line[2 * pair + 1]);
     const float* table = encoder.rotary->table + (size_t{tile.token} * pairs + pair) * 2;
-    for (uint32_t t = 0; t < tile.tokens; ++t, table += 2 * pairs) {
-      const float x = a[t];
-      const float y = b[t];
-      a[t] = x * table[0] + y * table[1];
-      b[t] = y * table[0] - x * table[1];
+    for (uint32_t t = 0; t < tile.tokens; t += step, ++a, ++b, table += 2 * pairs * step) {
+      const float x = *a;
+      const float y = *b;
+      *a = x * table[0] + y * table[1];
+      *b = y * table[0] - x * table[1];
     }
   }
 }
@@ -93,7 +97,8 @@ void measure_token(EncodedTile& work, uint32_t line, const float* values, uint32
   float sums[16] = {};
   float largest = 0;
   for (uint32_t i = 0; i < count; ++i) {
-    sums[i % 16] = sums[i % 16] + values[i] * values[i];
+    float& sum = sums[i / 2 % 16];
+    sum = sum + values[i] * values[i];
     largest = std::max(largest, std::fabs(values[i]));
   }
   for (uint32_t half = 8; half != 0; half /= 2) {
@@ -141,7 +146,7 @@ bool take_tile(EcqEncoder& encoder, const Tile& tile) {
   return true;
 }
 
-// Steps of all elements in sixteenths of half steps, with their classes.
+// Steps of all elements in 64ths of half steps, with their classes.
 void quantize_tile(const EcqEncoder& encoder, const Tile& tile, const EcqScale& steps) {
   EncodedTile& work = encoder.work;
   const EcqOrder& order = encoder.order;
@@ -161,49 +166,59 @@ void quantize_tile(const EcqEncoder& encoder, const Tile& tile, const EcqScale& 
       work.step_class[step] = static_cast<uint8_t>(steps.class_of(s));
       work.step_lanes[step] = static_cast<uint8_t>(count);
       for (uint32_t lane = 0; lane < count; ++lane) {
-        const float scaled = encoder.line(line)[at + lane] * inverse - mean;
-        work.step[step][lane] = static_cast<int16_t>(std::nearbyintf(scaled * 16));
+        // In binary64 nothing is rounded before the end.
+        const double half_steps = encoder.line(line)[at + lane] * inverse;
+        work.step[step][lane] = static_cast<int16_t>(std::nearbyint(64 * (half_steps - mean)));
       }
     }
   }
 }
 
-// A point of the trellis near `v` sixteenths of half steps.
+constexpr int32_t kDearest = 127;
+
+// The point of a coset next to `v` 64ths of half steps.
 struct Candidate {
   int32_t k;
-  int32_t cost;
+  int32_t price;
 
-  Candidate(int32_t v, int32_t coset, const uint16_t* path_cost) {
-    const int32_t u = coset + 4 * ((v - 16 * coset + 32) >> 6);
-    k = (u - (coset & 1)) >> 1;
-    cost = (v - 16 * u) * (v - 16 * u);
-    if (path_cost != nullptr) cost += path_cost[std::min(std::max(k, -32), 31) + 32];
+  Candidate(int32_t v, int32_t coset, const uint8_t* path_cost) {
+    const int32_t way = v - 64 * coset + 128;
+    k = 2 * (way >> 8) + (coset >> 1);
+    price = path_square((way & 255) >> 2);
+    if (path_cost != nullptr) price += path_cost[std::min(std::max(k, -32), 31) + 32];
+    price = std::min(price, kDearest);
   }
 };
 
-const uint16_t* path_cost_of(uint32_t c) { return c <= 16 ? kPathCost[c] : nullptr; }
+const uint8_t* path_cost_of(uint32_t c) { return c <= 16 ? kPathCost[c] : nullptr; }
 
-// The cheapest path of one lane: its integers become indices. States are 2 * o + q.
+// The cheapest path of one lane: its integers become indices. States are 2 * o + q; totals are kept
+// relative to that of state 0.
 void search_lane(EncodedTile& work, uint32_t lane) {
-  int32_t total[4] = {0, 1 << 28, 1 << 28, 1 << 28};
+  int32_t total[4] = {0, kDearest, kDearest, kDearest};
+  bool first = true;
   for (uint32_t step = 0; step < work.step_count; ++step) {
     if (lane >= work.step_lanes[step]) continue;
     const int32_t v = work.step[step][lane];
-    const uint16_t* path_cost = path_cost_of(work.step_class[step]);
-    const int32_t cost[4] = {Candidate(v, 0, path_cost).cost, Candidate(v, 1, path_cost).cost,
-                             Candidate(v, 2, path_cost).cost, Candidate(v, 3, path_cost).cost};
+    const uint8_t* path_cost = path_cost_of(work.step_class[step]);
+    int32_t price[4];
+    for (int32_t coset = 0; coset < 4; ++coset) price[coset] = Candidate(v, coset, path_cost).price;
     int32_t after[4];
     uint32_t before = 0;
     for (uint32_t state = 0; state < 4; ++state) {
       const uint32_t o = state >> 1;
       const uint32_t q = state & 1;
-      const int32_t low = total[2 * q] + cost[q + 2 * o];
-      const int32_t high = total[2 * q + 1] + cost[q + 2 * (1 - o)];
+      const int32_t low = std::min(total[2 * q] + price[q + 2 * o], kDearest);
+      const int32_t high = std::min(total[2 * q + 1] + price[q + 2 * (1 - o)], kDearest);
       before |= static_cast<uint32_t>(high < low) << state;
       after[state] = std::min(low, high);
     }
     work.before[step][lane] = static_cast<uint8_t>(before);
-    std::copy(after, after + 4, total);
+    for (uint32_t state = 1; state < 4; ++state)
+      total[state] = std::min(std::max(after[state] - after[0], -128), kDearest);
+    // No path of one step leads to these.
+    if (first) total[1] = total[3] = kDearest;
+    first = false;
   }
   uint32_t state = static_cast<uint32_t>(std::min_element(total, total + 4) - total);
   for (uint32_t step = work.step_count; step-- != 0;) {
@@ -220,7 +235,7 @@ void search_lane(EncodedTile& work, uint32_t lane) {
 
 uint8_t cheapest_family(const EncodedTile& work) {
   uint64_t length[2] = {};
-  for (uint32_t step = 0; step < work.step_count; ++step) {
+  for (uint32_t step = 0; step < work.step_count; step += kFamilySteps) {
     const CodeClass coding = code_class(work.step_class[step]);
     for (uint32_t family = 0; family < 2; ++family) {
       const CodingTable& table = ecq_table(family, coding.table);
@@ -269,18 +284,19 @@ bool write_tile(const EcqEncoder& encoder, const Tile& tile, int32_t reference, 
 
 // Whether the groups of a section are narrower without the rotation.
 template <typename Element>
-bool choose_derotation(EcqEncoder& encoder, const kvc_rotary* rotary, bool* inside) {
+bool choose_derotation(EcqEncoder& encoder, const kvc_rotary* rotary) {
   int64_t gain = 0;
   for (TileWalk walk(encoder.rows); !walk.ended(); walk.advance()) {
+    encoder.token_step = derotation_step(walk.tile());
     encoder.rotary = nullptr;
-    *inside = take_tile<Element>(encoder, walk.tile());
-    if (!*inside) return false;
+    if (!take_tile<Element>(encoder, walk.tile())) break;  // it will be raw
     // Pairs also save scales: a quarter of the elements' bits is weighed against it.
     gain += 4 * encoder.work.groups.cost(encoder.order.groups) + walk.tile().channels;
     encoder.rotary = rotary;
     take_tile<Element>(encoder, walk.tile());
     gain -= 4 * encoder.work.groups.cost(encoder.order.groups);
   }
+  encoder.token_step = 1;
   return gain > 0;
 }
 
@@ -290,9 +306,7 @@ size_t encode_section(const SectionCodec& codec, const Rows& rows, const kvc_rot
   EcqEncoder encoder{codec, rows, nullptr, *reinterpret_cast<EncodedTile*>(scratch), {}};
   EncodedTile& work = encoder.work;
   if (can_derotate(codec, rows, rotary)) {
-    bool inside = true;
-    const bool derotated = choose_derotation<Element>(encoder, rotary, &inside);
-    if (!inside) return 0;
+    const bool derotated = choose_derotation<Element>(encoder, rotary);
     encoder.rotary = derotated ? rotary : nullptr;
   }
   const size_t raw_bytes =

@@ -51,9 +51,11 @@ using DecodeSection = void (*)(const SectionCodec&, const uint8_t* in, const Row
 // Memory of a worker's own that a coded section may use, 64-byte aligned.
 constexpr size_t kCodedScratchBytes = 512 * 1024;
 
-// Encodes one coded section into `out` (64-byte aligned, as long as the raw section padded). Returns its stored_bytes, with
-// the padding behind them zeroed, or 0 where it would not be smaller than raw or holds values outside the codec's domain.
-using EncodeCoded = size_t (*)(const SectionCodec&, const Rows&, const kvc_rotary*, uint8_t* scratch, uint8_t* out);
+// Encodes one coded section into `out` (64-byte aligned, as long as the raw section padded). `next` as in EncodeSection.
+// Returns its stored_bytes, with the padding behind them zeroed, or 0 where it would not be smaller than raw or holds values
+// outside the codec's domain.
+using EncodeCoded = size_t (*)(const SectionCodec&, const Rows&, const Rows* next, const kvc_rotary*, uint8_t* scratch,
+                               uint8_t* out);
 
 // Decodes one coded section, which is not one stored raw. `in` may be unaligned; not a byte outside of `stored_bytes` is
 // read, whatever they say. Without a base the rows are not written: the section is only looked through. False: damage.

@@ -33,6 +33,7 @@ struct LosslessLines {
   uint64_t side_steps[kTileChannels / 32];
   uint32_t step_count;
   uint32_t lines_count;
+  bool masked;  // some step of the elements has fewer than 32 lanes
   TileEntry entry;
   alignas(64) int16_t scales[kTileChannels];
   // High bytes, and then the symbols of bf16; those of fp16 are words. Lines kTileTokens or
@@ -234,6 +235,7 @@ struct LosslessEncoder {
     }
     work.step_count = static_cast<uint32_t>(step - work.steps);
     work.lines_count = shape.lines;
+    work.masked = shape.elements % 32 != 0;
     work.entry = TileEntry{};
     work.entry.reference = static_cast<uint8_t>(scales.reference);
     work.entry.family = _mm512_reduce_add_epi32(gain) > 0;
@@ -247,14 +249,17 @@ struct LosslessEncoder {
       const LosslessLines& work = scratch.tile[i];
       const void* values = work.lines;
       if (Element::kRawBits != 0) values = work.words;
-      targets[i] = {scratch.stream[i] + kMaxStreamBytes,
+      targets[i] = {scratch.stream[i] + sizeof scratch.stream[i],
                     work.steps + work.step_count,
                     work.step_count,
                     values,
                     kWriterTables.exponent + 4 * work.entry.family,
+                    Element::kRawBits != 0,
+                    work.masked,
                     _mm512_set1_epi16(kFirstState)};
     }
-    put_streams<Element::kRawBits != 0>(targets, count);
+    LinesAhead nothing;
+    put_streams<Element::kRawBits != 0>(targets, count, nothing);
     for (uint32_t i = 0; i < count; ++i) {
       LosslessLines& work = scratch.tile[i];
       const CodeClass coding = code_class(work.entry.scale_class);
@@ -264,14 +269,16 @@ struct LosslessEncoder {
       targets[i].steps = static_cast<uint32_t>(end - work.side_steps);
       targets[i].values = work.scales;
       targets[i].tables = kWriterTables.scale;
+      targets[i].shifted = coding.shift != 0;
+      targets[i].masked = work.lines_count % 32 != 0;
     }
-    put_streams<true>(targets, count);
+    put_streams<true>(targets, count, nothing);
     for (uint32_t i = 0; i < count; ++i) {
       uint8_t* stream = targets[i].at - kStateBytes;
-      _mm512_storeu_si512(stream, targets[i].x);
+      _mm512_storeu_si512(stream, reversed_words(targets[i].x));
       TileEntry& entry = scratch.tile[i].entry;
       entry.stream_bytes =
-          static_cast<uint16_t>(scratch.stream[i] + kMaxStreamBytes - stream);
+          static_cast<uint16_t>(scratch.stream[i] + sizeof scratch.stream[i] - stream);
       if (!writer.add(entry, stream)) return false;
     }
     return true;

@@ -345,9 +345,9 @@ void copy_out(uint8_t* target, const uint8_t* source, size_t bytes) {
 // xxhash.h uses NEON by itself wherever the compiler has it.
 uint64_t checksum(const void* data, size_t bytes) { return kScalarKernels.checksum(data, bytes); }
 
-size_t encode_coded(const SectionCodec& codec, const Rows& rows, const kvc_rotary* rotary,
-                    uint8_t* scratch, uint8_t* out) {
-  return kScalarKernels.encode_coded(codec, rows, rotary, scratch, out);
+size_t encode_coded(const SectionCodec& codec, const Rows& rows, const Rows* next,
+                    const kvc_rotary* rotary, uint8_t* scratch, uint8_t* out) {
+  return kScalarKernels.encode_coded(codec, rows, next, rotary, scratch, out);
 }
 
 bool decode_coded(const SectionCodec& codec, const uint8_t* in, size_t stored_bytes,

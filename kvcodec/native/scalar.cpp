@@ -153,8 +153,8 @@ void copy_out(uint8_t* target, const uint8_t* source, size_t bytes) {
 
 uint64_t checksum(const void* data, size_t bytes) { return XXH3_64bits(data, bytes); }
 
-size_t encode_coded(const SectionCodec& codec, const Rows& rows, const kvc_rotary* rotary,
-                    uint8_t* scratch, uint8_t* out) {
+size_t encode_coded(const SectionCodec& codec, const Rows& rows, const Rows*,
+                    const kvc_rotary* rotary, uint8_t* scratch, uint8_t* out) {
   switch (codec.kind) {
     case KVC_KIND_ECQ:
       return encode_ecq(codec, rows, rotary, scratch, out);

@@ -187,7 +187,7 @@ void compare_coded(uint32_t cases) {
     std::vector<uint8_t> expected_rows(made.bytes());
     for (const Kernels* kernels : tables()) {
       const Memory out = aligned_memory(made.raw_bytes());
-      const size_t stored = kernels->encode_coded(made.codec, made.rows(rows.get()), made.turn(),
+      const size_t stored = kernels->encode_coded(made.codec, made.rows(rows.get()), nullptr, made.turn(),
                                                   scratch.get(), out.get());
       if (stored >= made.raw_bytes()) fail("longer than raw", seed, made, kernels->name);
       const std::vector<uint8_t> bytes(out.get(), out.get() + stored);
