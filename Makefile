@@ -89,7 +89,6 @@ fuzz-long: $(INSTALLED)  ## 10^6 mutants under sanitizers, 20,000 cases of every
 bench: $(INSTALLED)  ## codec speed against memcpy, every codec and instruction set: 15 minutes, quiet machine
 	mkdir -p docs/measurements
 	$(BIN)/kvcodec bench codec --layouts page_first,layer_first,canonical --json > docs/measurements/codec-speed.json
-	$(PIP_INSTALL) --no-warn-conflicts matplotlib
 	$(BIN)/python tools/plot_speed.py docs/measurements/codec-speed.json docs/images/codec-speed.svg
 
 bench-controller: $(SGLANG)  ## tokens per second through SGLang's controller, beside its file backend
@@ -104,19 +103,16 @@ bench-disk: $(SGLANG)  ## the same from a disk of 1 GB/s, with the codecs of few
 
 bench-auto: $(INSTALLED)  ## what `auto` foretells and chooses, and what specs really take: three minutes
 	mkdir -p docs/measurements
-	$(PIP_INSTALL) --no-warn-conflicts matplotlib
 	$(BIN)/python tools/bench_auto.py --json docs/measurements/auto.json \
 	  --plot docs/images/auto.svg
 
 bench-store: $(INSTALLED)  ## file:// against the disk's own rate: ten minutes, quiet disk
 	mkdir -p docs/measurements build
-	$(PIP_INSTALL) --no-warn-conflicts matplotlib
 	$(BIN)/python tools/bench_store.py build \
 	  --json docs/measurements/local-store.json --picture docs/images/local-store.svg
 
 bench-network: $(STORES)  ## tokens per second from a store behind 1 and 8 Gbit/s: five minutes, root
 	mkdir -p docs/measurements
-	$(PIP_INSTALL) --no-warn-conflicts matplotlib
 	$(BIN)/python -W ignore tools/bench_network.py --json docs/measurements/network.json \
 	  --plot docs/images/network.svg
 
@@ -126,7 +122,6 @@ fault-runs: $(STORES)  ## break real stores in the middle of hundreds of batches
 
 bench-sidecar: $(INSTALLED)  ## the sidecar against the store in the same process: five minutes, quiet machine
 	mkdir -p docs/measurements
-	$(PIP_INSTALL) --no-warn-conflicts matplotlib
 	$(BIN)/python tools/bench_sidecar.py --json docs/measurements/sidecar.json \
 	  --plot docs/images/sidecar.svg
 
@@ -149,13 +144,11 @@ compose-test: $(STORES)  ## start the Compose file, with images of Debian's pack
 
 quality: $(INSTALLED)  ## error against size of every preset, on synthetic KV
 	mkdir -p docs/measurements
-	$(PIP_INSTALL) --no-warn-conflicts matplotlib
 	$(BIN)/python tools/codec_quality.py --json docs/measurements/codec-quality.json \
 	  --plot docs/images/codec-quality.svg
 
 peers: $(PEERS)  ## presets beside other codecs, quality and speed: fifteen minutes, quiet machine
 	mkdir -p docs/measurements docs/images
-	$(PIP_INSTALL) --no-warn-conflicts matplotlib
 	PYTHONPATH=tools OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m peers --packages $(VENV)/peers \
 	  --json docs/measurements/peers.json --pictures docs/images \
 	  --page docs/quality.md --page docs/peers.md

@@ -27,7 +27,6 @@ from kvcodec.errors import NativeError
 from kvcodec.identity import Identity, Namespace
 from kvcodec.plan import PagePlan
 from kvcodec.rotary import SPLIT, Rotary
-from kvcodec.section import Transform
 from kvcodec.spec import CodecSpec
 
 __all__ = ["Block", "Row", "Spread", "measure_block", "seconds_of"]
@@ -45,9 +44,8 @@ _MOST_EXTRA_ROUNDS = 2
 
 
 def _rotary_of(spec: CodecSpec, size: int) -> Rotary | None:
-    """A rotation for keys that are derotated if there is one; the time does not depend on which."""
-    keys = [spec.key, *(key for _, key, _ in spec.layers)]
-    if not any(key.transform is Transform.DEROTATED for key in keys):
+    """A rotation for codecs that make use of one; the time does not depend on which."""
+    if not spec.can_derotate:
         return None
     frequencies = np.float32(10000.0) ** -(np.arange(0, size, 2, dtype=np.float32) / size)
     return Rotary(size, SPLIT, tuple(frequencies.astype(float).tolist()))

@@ -148,13 +148,15 @@ class Memory:
 
 def fill(memory: Memory) -> None:
     """Fill the source with bf16 numbers such as keys and values are: normal, with a scale per
-    channel and a few channels far larger than the others.
+    rotary pair of channels and a few pairs far larger than the others.
     """
     rng = np.random.default_rng(_SEED)
     head_size = memory.layout.streams[0].head_size
     rows = min(_DISTINCT_BYTES, len(memory.source)) // (2 * head_size)
-    scales = np.exp(rng.normal(0.0, 0.5, head_size)).astype(np.float32)
-    scales[rng.choice(head_size, max(1, head_size // 50), replace=False)] *= 10
+    pairs = head_size // 2
+    scales = np.exp(rng.normal(0.0, 0.5, pairs)).astype(np.float32)
+    scales[rng.choice(pairs, max(1, pairs // 50), replace=False)] *= 10
+    scales = np.tile(scales, 2)
     values = rng.standard_normal((rows, head_size), np.float32) * scales
     block = (values.view(np.uint32) >> np.uint32(16)).astype(np.uint16).reshape(-1).view(np.uint8)
     for at in range(0, len(memory.source), len(block)):
