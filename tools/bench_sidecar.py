@@ -1,6 +1,6 @@
 """What a sidecar costs: PageStore through it and without it, on the same store in one run.
 
-    PYTHONPATH=tests python tools/bench_sidecar.py [--json FILE] [--plot FILE]
+    make bench-sidecar
 
 Same node: batches of kv4 pages of Llama-3.1-8B geometry are backed up and prefetched through
 shared memory and by the store in this process, in turns. Remote: the same encoded pages through
@@ -27,7 +27,6 @@ import grpc
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from server_sidecar import Sidecar
 
 from kvcodec.backend import open_backend
 from kvcodec.identity import Identity, Namespace
@@ -37,6 +36,10 @@ from kvcodec.plan import PagePlan
 from kvcodec.spec import CodecSpec
 from kvcodec.store import PageStore
 from kvcodec_server._frames import chunks
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from server_sidecar import Sidecar
 
 LAYOUT = PageLayout.mha(
     dtype=DType.BF16, token_count=64, layer_count=32, head_count=8, head_size=128

@@ -15,7 +15,8 @@ from kvcodec.errors import ConfigError
 
 #: The encodings whose speed is worth knowing.
 DEFAULT_CODECS = (
-    "raw,int8-g128,int8-g64,int4-g64,int4-asym-g64,int2-asym-g64,int4-channel-asym,kv4-channel"
+    "raw,int8-g128,int8-g64,int4-g64,int4-asym-g64,int2-asym-g64,int4-channel-asym,kv4-channel,"
+    "fp8,kv4-derotated,kv4-hadamard,lossless-fast,lossless,ecq-4,ecq-3,ecq-2.5"
 )
 
 __all__ = [
