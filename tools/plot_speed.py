@@ -12,7 +12,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("json", type=Path)
     parser.add_argument("picture", type=Path)
-    parser.add_argument("--layout", default="canonical")
+    parser.add_argument("--layout", default="page_first")
     options = parser.parse_args()
     import matplotlib
 
@@ -36,7 +36,7 @@ def main() -> None:
             places = [index + number * 0.8 / len(isas) for index in range(len(codecs))]
             panel.bar(places, heights, 0.8 / len(isas), label=isa)
         panel.axhline(1, color="black", linewidth=0.8, linestyle="--")
-        panel.set_title(f"{operation}, one thread")
+        panel.set_title(f"{operation}, one thread, {options.layout}")
         panel.set_xticks([index + 0.2 for index in range(len(codecs))])
         panel.set_xticklabels(codecs, rotation=35, ha="right", fontsize=8)
         panel.grid(True, axis="y", alpha=0.25)
