@@ -27,6 +27,6 @@ cp "$header" "$build/include"
 
 "$cxx" -std=c++17 -O2 -Wall -Wextra -Werror -ffp-contract=off -static -pthread \
   -I"$native" -isystem "$build/include" \
-  "$native"/*.cpp "$here/driver.cpp" "$here/case.cpp" -o "$build/driver"
+  "$native"/*.cpp "$here"/driver.cpp "$here"/case.cpp "$here"/coded.cpp -o "$build/driver"
 [ $# -gt 0 ] || set -- all
 "$qemu" "$build/driver" "$@"
