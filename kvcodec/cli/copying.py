@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvcodec.backend import Backend, ObjectInfo
@@ -11,8 +11,8 @@ from kvcodec.cli.crew import Crew, Pace
 from kvcodec.cli.listing import Listing, listed_objects
 from kvcodec.cli.output import Json
 from kvcodec.cli.pages import fault_of
-from kvcodec.cli.stores import ObjectTooLarge, PageReader
-from kvcodec.cli.verification import BadPage, Findings
+from kvcodec.cli.stores import PageReader
+from kvcodec.cli.verification import Findings
 from kvcodec.errors import BackendError
 
 __all__ = ["Copier", "Copying", "missing_from"]
@@ -42,14 +42,9 @@ class Copying(Findings):
             "skipped": self.skipped,
             "skipped_bytes": self.skipped_bytes,
             "gone": self.gone,
-            "bad": len(self.bad),
-            "unsupported": len(self.unsupported),
-            "unread": len(self.unread),
             "unwritten": len(self.unwritten),
             "unasked": self.unasked,
-            "reasons": self.reasons,
-            "pages": self.pages_json(),
-        }
+        } | self.faults_json()
 
 
 def missing_from(
@@ -106,13 +101,8 @@ class Copier:
 
             return copy
 
-        self._crew.run(self._paced(objects), worker)
+        self._crew.run(self._pace.paced(objects), worker)
         return self.result
-
-    def _paced(self, objects: Listing) -> Iterator[ObjectInfo]:
-        for info in objects:
-            self._pace.wait(info.stored_bytes)
-            yield info
 
     def _copy(self, reader: PageReader, info: ObjectInfo) -> None:
         if self._ask_target and self._is_there(info):
@@ -123,9 +113,7 @@ class Copier:
         try:
             data = reader.read(info.name, info.stored_bytes)
         except BackendError as error:
-            with self._lock:
-                self.result.unread.append(BadPage.of_failure("source", info, error))
-                self._count_failure(error)
+            self._note_failure("source", info, error)
             return
         fault = fault_of(info.name, data) if self._verify and data is not None else None
         if data is None or fault is not None:
@@ -137,11 +125,10 @@ class Copier:
                     self.result.gone += 1
             return
         (failure,) = self._target.put([info.name], [data], timeout_seconds=self._timeout)
+        if failure is not None:
+            self._note_failure("target", info, failure, is_write=True)
+            return
         with self._lock:
-            if failure is not None:
-                self.result.unwritten.append(BadPage.of_failure("target", info, failure))
-                self._count_failure(failure)
-                return
             self.result.failures_in_a_row = 0
             self.result.copied += 1
             self.result.copied_bytes += len(data)
@@ -153,7 +140,10 @@ class Copier:
             return False  # the put will say what is wrong
         return found is not None and found.stored_bytes == info.stored_bytes
 
-    def _count_failure(self, error: BackendError) -> None:
-        self.result.failures_in_a_row += not isinstance(error, ObjectTooLarge)
-        if self.result.is_hopeless:
-            self._crew.stop()
+    def _note_failure(
+        self, what: str, info: ObjectInfo, error: BackendError, *, is_write: bool = False
+    ) -> None:
+        with self._lock:
+            self.result.note_failure(what, info, error, is_write=is_write)
+            if self.result.is_hopeless:
+                self._crew.stop()

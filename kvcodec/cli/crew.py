@@ -5,10 +5,10 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
-from kvcodec.backend import parse_byte_count
+from kvcodec.backend import ObjectInfo, parse_byte_count
 from kvcodec.errors import BackendError, ConfigError, KVCodecError
 
 __all__ = ["Crew", "Pace", "parse_rate"]
@@ -50,6 +50,12 @@ class Pace:
         self._clock = clock
         self._sleep = sleep
         self._paid_at = clock()
+
+    def paced(self, objects: Iterable[ObjectInfo]) -> Iterator[ObjectInfo]:
+        """These objects, each when its bytes may be moved."""
+        for info in objects:
+            self.wait(info.stored_bytes)
+            yield info
 
     def wait(self, byte_count: int, at_most_seconds: float = float("inf")) -> None:
         """Return when these bytes may be moved."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kvcodec.backend import Backend, ObjectInfo
@@ -14,8 +14,8 @@ from kvcodec.cli.crew import Crew, Pace
 from kvcodec.cli.listing import Listing
 from kvcodec.cli.output import Json
 from kvcodec.cli.pages import fault_of
-from kvcodec.cli.stores import ObjectTooLarge, PageReader
-from kvcodec.cli.verification import BadPage, Findings
+from kvcodec.cli.stores import PageReader
+from kvcodec.cli.verification import Findings
 from kvcodec.errors import BackendError, PageError
 from kvcodec.format import EncodedPage
 from kvcodec.transcoding import Outcome, Transcoder
@@ -48,7 +48,7 @@ class Transcoding(Findings):
 
     def as_json(self) -> dict[str, Json]:
         """The counts, and every page that could not be looked at or written."""
-        return {
+        counts: dict[str, Json] = {
             "transcoded": self.transcoded,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
@@ -63,14 +63,10 @@ class Transcoding(Findings):
             "present": self.present,
             "changed": self.changed,
             "gone": self.gone,
-            "bad": len(self.bad),
-            "unsupported": len(self.unsupported),
-            "unread": len(self.unread),
             "unwritten": len(self.unwritten),
             "unasked": self.unasked,
-            "reasons": self.reasons,
-            "pages": self.pages_json(),
         }
+        return counts | self.faults_json()
 
 
 class StoreTranscoder:
@@ -125,13 +121,8 @@ class StoreTranscoder:
 
             return work
 
-        self._crew.run(self._paced(objects), worker)
+        self._crew.run(self._pace.paced(objects), worker)
         return self.result
-
-    def _paced(self, objects: Listing) -> Iterator[ObjectInfo]:
-        for info in objects:
-            self._pace.wait(info.stored_bytes)
-            yield info
 
     def _work(
         self, reader: PageReader, again: PageReader, transcoder: Transcoder, info: ObjectInfo
@@ -195,7 +186,8 @@ class StoreTranscoder:
             if failure is not None:
                 raise failure
         except BackendError as error:
-            self._note_failure("source" if self._target is None else "target", info, error, True)
+            where = "source" if self._target is None else "target"
+            self._note_failure(where, info, error, is_write=True)
             return False
         return not self._read_back or self._is_sound(again, info, len(after))
 
@@ -214,7 +206,7 @@ class StoreTranscoder:
         try:
             data = again.read(info.name, stored_bytes)
         except BackendError as error:
-            self._note_failure("read_back", info, error, True)
+            self._note_failure("read_back", info, error, is_write=True)
             return False
         fault = None if data is None else fault_of(info.name, data)
         if fault is not None:
@@ -250,11 +242,9 @@ class StoreTranscoder:
             return False  # the put will say what is wrong
 
     def _note_failure(
-        self, what: str, info: ObjectInfo, error: BackendError, is_write: bool = False
+        self, what: str, info: ObjectInfo, error: BackendError, *, is_write: bool = False
     ) -> None:
         with self._lock:
-            pages = self.result.unwritten if is_write else self.result.unread
-            pages.append(BadPage.of_failure(what, info, error))
-            self.result.failures_in_a_row += not isinstance(error, ObjectTooLarge)
+            self.result.note_failure(what, info, error, is_write=is_write)
             if self.result.is_hopeless:
                 self._crew.stop()

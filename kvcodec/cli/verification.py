@@ -76,17 +76,31 @@ class Findings:
         page = BadPage(name, error.reason, str(error), stored_bytes)
         (self.unsupported if isinstance(error, UnsupportedPage) else self.bad).append(page)
 
-    def pages_json(self) -> list[Json]:
-        """Every page that is not sound."""
-        return [
-            {
-                "name": page.name,
-                "reason": page.reason,
-                "message": page.message,
-                "stored_bytes": page.stored_bytes,
-            }
-            for page in self.faulty
-        ]
+    def note_failure(
+        self, what: str, info: ObjectInfo, error: BackendError, *, is_write: bool = False
+    ) -> None:
+        """Note an object that a store failed on; `what` as in `BadPage.of_failure`."""
+        pages = self.unwritten if is_write else self.unread
+        pages.append(BadPage.of_failure(what, info, error))
+        self.failures_in_a_row += not isinstance(error, ObjectTooLarge)
+
+    def faults_json(self) -> dict[str, Json]:
+        """How many pages are not sound, why, and each of them."""
+        return {
+            "bad": len(self.bad),
+            "unsupported": len(self.unsupported),
+            "unread": len(self.unread),
+            "reasons": self.reasons,
+            "pages": [
+                {
+                    "name": page.name,
+                    "reason": page.reason,
+                    "message": page.message,
+                    "stored_bytes": page.stored_bytes,
+                }
+                for page in self.faulty
+            ],
+        }
 
 
 @dataclass(slots=True)
@@ -114,16 +128,11 @@ class Verification(Findings):
         return {
             "checked": self.checked,
             "sound": self.sound,
-            "bad": len(self.bad),
-            "unsupported": len(self.unsupported),
-            "unread": len(self.unread),
             "unasked": self.unasked,
             "gone": self.gone,
             "deleted": self.deleted,
             "bytes_read": self.bytes_read,
-            "reasons": self.reasons,
-            "pages": self.pages_json(),
-        }
+        } | self.faults_json()
 
 
 class Verifier:
@@ -177,8 +186,7 @@ class Verifier:
             data = reader.read(info.name, info.stored_bytes)
         except BackendError as error:
             with self._lock:
-                result.unread.append(BadPage.of_failure("store", info, error))
-                result.failures_in_a_row += not isinstance(error, ObjectTooLarge)
+                result.note_failure("store", info, error)
                 if result.is_hopeless:
                     self._crew.stop()
             return isinstance(error, ObjectTooLarge)
