@@ -314,6 +314,25 @@ class TestEnd:
             sidecar.signal(signal.SIGTERM)
             assert sidecar.wait(5) == 128 + signal.SIGTERM
 
+    def test_second_signal_ends_it_even_if_the_main_thread_does_not_notice(self):
+        # The main thread blocks signals and waits: what a signal just before a wait looks like.
+        program = """
+import signal, threading
+from kvcodec_server.app import _end_at_next_signal
+_end_at_next_signal()
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+print("waiting", flush=True)
+threading.Event().wait()
+"""
+        with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+            try:
+                assert process.stdout.readline() == b"waiting\n"
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(30) == 128 + signal.SIGTERM
+            finally:
+                process.kill()
+
     def test_killed_sidecar_is_replaced_on_the_same_socket(self, tmp_path):
         with SidecarProcess(tmp_path) as sidecar:
             sidecar.kill()

@@ -62,10 +62,7 @@ def serve(configuration: Configuration, reread: Callable[[], Configuration]) -> 
         while signal.sigwait(_SIGNALS) == signal.SIGHUP:
             sidecar.reload(reread)
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            # Not the kernel's way out, which the first process of a container does not have.
-            signal.signal(number, _end_at_once)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
+        _end_at_next_signal()
         ended = sidecar.stop()
     return ended
 
@@ -279,8 +276,22 @@ def _raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _end_at_once(number: int, _: object) -> None:
-    os._exit(128 + number)
+def _end_at_next_signal() -> None:
+    """SIGTERM or SIGINT ends the process from here on, whatever the main thread waits for.
+
+    A handler in Python would run when that thread next executes Python, which a signal that comes
+    just before a wait does not bring about; and the kernel's own way out does not exist for the
+    first process of a container.
+    """
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(told)
+    threading.Thread(
+        target=lambda: os._exit(128 + os.read(heard, 1)[0]), name="kvcodec-end", daemon=True
+    ).start()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
 
 
 def _store_url(settings: Settings) -> str:
