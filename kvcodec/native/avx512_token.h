@@ -31,6 +31,17 @@ struct Bf16 {
     return _mm512_srli_epi32(_mm512_mask_mov_epi32(up, nan, _mm512_set1_epi32(0x7FC00000)), 16);
   }
   static KVC_INLINE __m256i narrow(__m512 v) { return _mm512_cvtepi32_epi16(round(v)); }
+
+  // 32 numbers in a row, none of which is NaN.
+  static KVC_INLINE __m512i join(__m512 first, __m512 second) {
+    const __m512i half = _mm512_set1_epi32(0x8000);
+    alignas(64) static constexpr uint16_t kUpper[32] = {
+        1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+        33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    return _mm512_permutex2var_epi16(_mm512_add_epi32(_mm512_castps_si512(first), half),
+                                     _mm512_load_si512(kUpper),
+                                     _mm512_add_epi32(_mm512_castps_si512(second), half));
+  }
 };
 
 struct Fp16 {

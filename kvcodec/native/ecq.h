@@ -64,6 +64,21 @@ inline bool can_derotate(const SectionCodec& codec, const Rows& rows, const kvc_
          rotary->size <= rows.head_size;
 }
 
+// A section at work, and the order of its present tile, whose lines are channels or tokens.
+struct EcqSection {
+  const SectionCodec& codec;
+  const Rows& rows;
+  const kvc_rotary* rotary;  // of a derotated section, else nullptr
+  EcqOrder order;
+
+  uint32_t pairs() const { return rotary != nullptr ? rotary->size / 2 : 0; }
+  uint32_t lines(const Tile& tile) const { return codec.channel ? tile.channels : tile.tokens; }
+  uint32_t line_elements(const Tile& tile) const {
+    return codec.channel ? tile.tokens : tile.channels;
+  }
+  uint32_t line_stride() const { return codec.channel ? kTileTokens : kTileChannels; }
+};
+
 // How the scale `s` of a group becomes the class of its elements and their step.
 struct EcqScale {
   int32_t nominal;  // S of the format

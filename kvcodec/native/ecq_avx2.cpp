@@ -31,38 +31,15 @@ namespace {
 #include "coded_avx2.h"
 
 #include "ecq_avx2.h"
+#include "ecq_rows.h"
 
 }  // namespace
 
 bool decode_ecq_avx2(const SectionCodec& codec, const uint8_t* in, size_t stored_bytes,
                      const Rows& rows, const kvc_rotary* rotary, uint8_t* scratch) {
-  CodedParts parts;
-  const bool derotatable = can_derotate(codec, rows, rotary);
-  if (!open_coded(in, stored_bytes, tile_count(rows), 0, derotatable ? kFlagDerotated : 0, &parts))
-    return false;
   EcqWork& work = *reinterpret_cast<EcqWork*>(scratch);
-  EcqSection section{codec, rows, parts.flags & kFlagDerotated ? rotary : nullptr, {}};
-  const uint8_t* stream = parts.streams;
-  uint64_t index = 0;
-  for (TileWalk walk(rows); !walk.ended(); walk.advance(), ++index) {
-    const Tile& tile = walk.tile();
-    const TileEntry entry = parts.entry(index);
-    section.order.arrange(codec.channel ? tile.channels : tile.tokens, section.rotary);
-    if (!read_tile(section, tile, entry, stream, work)) return false;
-    stream += entry.stream_bytes;
-    if (rows.base == nullptr) continue;
-    switch (codec.dtype) {
-      case KVC_BF16:
-        store_tile<Bf16Eight>(section, tile, work);
-        break;
-      case KVC_FP16:
-        store_tile<Fp16Eight>(section, tile, work);
-        break;
-      default:
-        store_tile<Fp32Eight>(section, tile, work);
-    }
-  }
-  return true;
+  return decode_section<Bf16Eight, Fp16Eight, Fp32Eight>(codec, in, stored_bytes, rows, rotary,
+                                                         work);
 }
 
 }  // namespace kvc

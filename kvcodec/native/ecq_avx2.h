@@ -44,16 +44,6 @@ struct Trellis {
   }
 };
 
-struct EcqSection {
-  const SectionCodec& codec;
-  const Rows& rows;
-  const kvc_rotary* rotary;  // of a derotated section, else nullptr
-  EcqOrder order;
-
-  uint32_t pairs() const { return rotary != nullptr ? rotary->size / 2 : 0; }
-  uint32_t line_stride() const { return codec.channel ? kTileTokens : kTileChannels; }
-};
-
 inline uint32_t smaller_of(uint32_t a, uint32_t b) { return a < b ? a : b; }
 
 // ---- streams
@@ -87,7 +77,7 @@ inline bool read_tile(const EcqSection& section, const Tile& tile, const TileEnt
     return false;
   }
   const EcqScale scale(section.codec, entry.reference - kReferenceBias);
-  const uint32_t elements = section.codec.channel ? tile.tokens : tile.channels;
+  const uint32_t elements = section.line_elements(tile);
   Trellis trellis;
   for (uint32_t i = 0; i < section.order.count; ++i) {
     const uint32_t line = section.order.line[i];
@@ -269,7 +259,8 @@ void store_tokens(const EcqSection& section, const Tile& tile, const EcqWork& wo
 }
 
 template <typename Element>
-void store_tile(const EcqSection& section, const Tile& tile, const EcqWork& work) {
+void store_tile(const EcqSection& section, const Tile& tile, const TileEntry&,
+                const EcqWork& work) {
   if (!section.codec.channel) return store_tokens<Element>(section, tile, work);
   const uint32_t pairs = section.pairs();
   for (uint32_t pair = 0; pair < pairs; pair += kEight)

@@ -273,15 +273,7 @@ template <typename Element>
 KVC_INLINE __m512i join_values(__m512 first, __m512 second) {
   first = within<Element>(first);
   second = within<Element>(second);
-  if (Element::kEvenOdd) {
-    const __m512i half = _mm512_set1_epi32(0x8000);
-    alignas(64) static constexpr uint16_t kUpper[32] = {
-        1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
-        33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-    return _mm512_permutex2var_epi16(_mm512_add_epi32(_mm512_castps_si512(first), half),
-                                     _mm512_load_si512(kUpper),
-                                     _mm512_add_epi32(_mm512_castps_si512(second), half));
-  }
+  if (Element::kEvenOdd) return Bf16::join(first, second);
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   const __m512i low = _mm512_castsi256_si512(_mm512_cvtps_ph(first, kNearest));
   return _mm512_inserti64x4(low, _mm512_cvtps_ph(second, kNearest), 1);

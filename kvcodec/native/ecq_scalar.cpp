@@ -46,20 +46,6 @@ bool read_sequence(StreamReader& reader, uint32_t c, uint32_t family, uint32_t c
   return true;
 }
 
-struct EcqSection {
-  const SectionCodec& codec;
-  const Rows& rows;
-  const kvc_rotary* rotary;  // of a derotated section, else nullptr
-  EcqOrder order;
-
-  // The lines of a tile are channels or tokens.
-  uint32_t lines(const Tile& tile) const { return codec.channel ? tile.channels : tile.tokens; }
-  uint32_t line_elements(const Tile& tile) const {
-    return codec.channel ? tile.tokens : tile.channels;
-  }
-  uint32_t line_stride() const { return codec.channel ? kTileTokens : kTileChannels; }
-};
-
 bool read_tile(const EcqSection& section, const Tile& tile, const TileEntry& entry,
                const uint8_t* stream, EcqTile& work) {
   StreamReader reader;
@@ -119,7 +105,7 @@ void store_channels(const EcqSection& section, const Tile& tile, const TileEntry
                     EcqTile& work) {
   const EcqScale scale(section.codec, entry.reference - kReferenceBias);
   const EcqOrder& order = section.order;
-  const uint32_t pairs = section.rotary != nullptr ? section.rotary->size / 2 : 0;
+  const uint32_t pairs = section.pairs();
   for (uint32_t i = 0; i < order.count; ++i) {
     const uint32_t line = order.line[i];
     float* values = work.pair[i % 2];
@@ -159,37 +145,14 @@ void store_tile(const EcqSection& section, const Tile& tile, const TileEntry& en
                         : store_tokens<Element>(section, tile, entry, work);
 }
 
+#include "ecq_rows.h"
+
 }  // namespace
 
 bool decode_ecq(const SectionCodec& codec, const uint8_t* in, size_t stored_bytes, const Rows& rows,
                 const kvc_rotary* rotary, uint8_t* scratch) {
-  CodedParts parts;
-  const bool derotatable = can_derotate(codec, rows, rotary);
-  if (!open_coded(in, stored_bytes, tile_count(rows), 0, derotatable ? kFlagDerotated : 0, &parts))
-    return false;
   EcqTile& work = *reinterpret_cast<EcqTile*>(scratch);
-  EcqSection section{codec, rows, parts.flags & kFlagDerotated ? rotary : nullptr, {}};
-  const uint8_t* stream = parts.streams;
-  uint64_t index = 0;
-  for (TileWalk walk(rows); !walk.ended(); walk.advance(), ++index) {
-    const Tile& tile = walk.tile();
-    const TileEntry entry = parts.entry(index);
-    section.order.arrange(section.lines(tile), section.rotary);
-    if (!read_tile(section, tile, entry, stream, work)) return false;
-    stream += entry.stream_bytes;
-    if (rows.base == nullptr) continue;
-    switch (codec.dtype) {
-      case KVC_BF16:
-        store_tile<BFloat16>(section, tile, entry, work);
-        break;
-      case KVC_FP16:
-        store_tile<Float16>(section, tile, entry, work);
-        break;
-      default:
-        store_tile<Float32>(section, tile, entry, work);
-    }
-  }
-  return true;
+  return decode_section<BFloat16, Float16, Float32>(codec, in, stored_bytes, rows, rotary, work);
 }
 
 }  // namespace kvc

@@ -37,35 +37,26 @@ size_t element_bytes(uint32_t dtype) {
 
 // ---- int
 
-// Tokens outside, heads inside: the heads of a token are neighbours in the memory of most layouts.
 template <typename Element>
 uint64_t encode_token_section(const SectionCodec& codec, const Rows& rows, uint8_t* out) {
-  const TokenLayout layout(codec, rows);
   uint64_t outside = 0;
-  for (uint32_t token = 0; token < rows.token_count; ++token) {
-    for (uint32_t head = 0; head < rows.head_count; ++head) {
-      const size_t index = static_cast<size_t>(head) * rows.token_count + token;
-      const uint8_t* row = rows.row(head, token);
-      uint8_t* parameters = out + index * layout.row_parameters;
-      outside += store_row_parameters<Element>(codec, row, rows.head_size, parameters);
-      encode_row<Element>(codec, row, rows.head_size, parameters,
-                          out + layout.codes + index * layout.row_codes);
-    }
-  }
+  for_token_rows(TokenLayout(codec, rows), rows,
+                 [&](uint32_t head, uint32_t token, size_t parameters, size_t codes) {
+                   const uint8_t* row = rows.row(head, token);
+                   outside += store_row_parameters<Element>(codec, row, rows.head_size,
+                                                            out + parameters);
+                   encode_row<Element>(codec, row, rows.head_size, out + parameters, out + codes);
+                 });
   return outside;
 }
 
 template <typename Element>
 void decode_token_section(const SectionCodec& codec, const uint8_t* in, const Rows& rows) {
-  const TokenLayout layout(codec, rows);
-  for (uint32_t token = 0; token < rows.token_count; ++token) {
-    for (uint32_t head = 0; head < rows.head_count; ++head) {
-      const size_t index = static_cast<size_t>(head) * rows.token_count + token;
-      decode_row<Element>(codec, in + layout.codes + index * layout.row_codes,
-                          in + index * layout.row_parameters, rows.head_size,
-                          rows.row(head, token));
-    }
-  }
+  for_token_rows(TokenLayout(codec, rows), rows,
+                 [&](uint32_t head, uint32_t token, size_t parameters, size_t codes) {
+                   decode_row<Element>(codec, in + codes, in + parameters, rows.head_size,
+                                       rows.row(head, token));
+                 });
 }
 
 // ---- raw

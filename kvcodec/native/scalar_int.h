@@ -177,6 +177,18 @@ struct TokenLayout {
         codes(pad64(parameter_bytes(codec, rows.head_count, rows.token_count, rows.head_size))) {}
 };
 
+// Calls visit(head, token, offset of the row's parameters, offset of its codes). Tokens outside,
+// heads inside: the heads of a token are neighbours in the memory of most layouts.
+template <typename Visit>
+void for_token_rows(const TokenLayout& layout, const Rows& rows, Visit visit) {
+  for (uint32_t token = 0; token < rows.token_count; ++token) {
+    for (uint32_t head = 0; head < rows.head_count; ++head) {
+      const size_t index = static_cast<size_t>(head) * rows.token_count + token;
+      visit(head, token, index * layout.row_parameters, layout.codes + index * layout.row_codes);
+    }
+  }
+}
+
 // ---- per channel
 
 // Where the parts of one head of a per-channel section lie.

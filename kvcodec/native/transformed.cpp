@@ -68,40 +68,32 @@ void hadamard(uint32_t size, float* values) {
 
 template <typename Element>
 uint64_t encode_hadamard(const SectionCodec& codec, const Rows& rows, uint8_t* out) {
-  const TokenLayout layout(codec, rows);
   float values[kMaxHadamardSize];
   const uint8_t* row = reinterpret_cast<const uint8_t*>(values);
   uint64_t outside = 0;
-  size_t index = 0;
-  for (uint32_t head = 0; head < rows.head_count; ++head) {
-    for (uint32_t token = 0; token < rows.token_count; ++token, ++index) {
-      load_values<Element>(rows.row(head, token), rows.head_size, values);
-      hadamard(rows.head_size, values);
-      uint8_t* parameters = out + index * layout.row_parameters;
-      outside += store_row_parameters<Float32>(codec, row, rows.head_size, parameters);
-      encode_row<Float32>(codec, row, rows.head_size, parameters,
-                          out + layout.codes + index * layout.row_codes);
-    }
-  }
+  for_token_rows(TokenLayout(codec, rows), rows,
+                 [&](uint32_t head, uint32_t token, size_t parameters, size_t codes) {
+                   load_values<Element>(rows.row(head, token), rows.head_size, values);
+                   hadamard(rows.head_size, values);
+                   outside += store_row_parameters<Float32>(codec, row, rows.head_size,
+                                                            out + parameters);
+                   encode_row<Float32>(codec, row, rows.head_size, out + parameters, out + codes);
+                 });
   return outside;
 }
 
 template <typename Element>
 void decode_hadamard(const SectionCodec& codec, const uint8_t* in, const Rows& rows) {
-  const TokenLayout layout(codec, rows);
   const float unit = 1.0f / static_cast<float>(rows.head_size);  // a power of two
   float values[kMaxHadamardSize];
-  size_t index = 0;
-  for (uint32_t head = 0; head < rows.head_count; ++head) {
-    for (uint32_t token = 0; token < rows.token_count; ++token, ++index) {
-      decode_row<Wide>(codec, in + layout.codes + index * layout.row_codes,
-                       in + index * layout.row_parameters, rows.head_size,
-                       reinterpret_cast<uint8_t*>(values));
-      hadamard(rows.head_size, values);
-      for (uint32_t i = 0; i < rows.head_size; ++i) values[i] *= unit;
-      store_row<Element>(values, rows.head_size, rows.row(head, token));
-    }
-  }
+  for_token_rows(TokenLayout(codec, rows), rows,
+                 [&](uint32_t head, uint32_t token, size_t parameters, size_t codes) {
+                   decode_row<Wide>(codec, in + codes, in + parameters, rows.head_size,
+                                    reinterpret_cast<uint8_t*>(values));
+                   hadamard(rows.head_size, values);
+                   for (uint32_t i = 0; i < rows.head_size; ++i) values[i] *= unit;
+                   store_row<Element>(values, rows.head_size, rows.row(head, token));
+                 });
 }
 
 template <typename Element>

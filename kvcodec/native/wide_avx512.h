@@ -79,15 +79,7 @@ struct CodeRamp {
 // 32 numbers in a row as elements. kTame: none is NaN or needs clamping.
 template <typename Element, bool kTame>
 KVC_INLINE __m512i join_numbers(__m512 first, __m512 second) {
-  if (kTame && Element::kEvenOdd) {
-    const __m512i half = _mm512_set1_epi32(0x8000);
-    alignas(64) static constexpr uint16_t kUpper[32] = {
-        1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
-        33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-    return _mm512_permutex2var_epi16(_mm512_add_epi32(_mm512_castps_si512(first), half),
-                                     _mm512_load_si512(kUpper),
-                                     _mm512_add_epi32(_mm512_castps_si512(second), half));
-  }
+  if (kTame && Element::kEvenOdd) return Bf16::join(first, second);
   if (!kTame) {
     first = clamp<Element>(first);
     second = clamp<Element>(second);
