@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -55,13 +55,6 @@ def normal_pages(count: int, seed: int = 0, widths: Sequence[float] = (1.0,)) ->
 
 def views_of(arrays: Sequence[np.ndarray]) -> PageViews:
     return PageViews.of_arrays(LAYOUT, arrays)
-
-
-@pytest.fixture(scope="module")
-def codec() -> Iterator[Codec]:
-    codec = Codec(1)
-    yield codec
-    codec.close()
 
 
 class Writer:

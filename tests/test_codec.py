@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -27,13 +26,6 @@ from kvcodec.plan import PagePlan
 CASE = Case(name="batch", layout=mha(layers=2, size=64), spec="key=int8-g64 value=int4-g64")
 KEYS = [b"page-0", b"page-1", b"page-2"]
 PLAN = PagePlan.build(CASE.namespace, CASE.codecs, len(KEYS[0]))
-
-
-@pytest.fixture(scope="module")
-def codec() -> Iterator[Codec]:
-    codec = Codec(threads=2)
-    yield codec
-    codec.close()
 
 
 def views_of(count: int, *, seed: int = 0) -> tuple[PageViews, list[npt.NDArray[Any]]]:

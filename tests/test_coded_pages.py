@@ -52,6 +52,7 @@ def mixed_rows(layout: PageLayout) -> list[npt.NDArray[np.unsignedinteger]]:
 
 @pytest.fixture(scope="module")
 def codec() -> Iterator[Codec]:
+    """An odd number of threads shares pages unevenly."""
     codec = Codec(threads=3)
     yield codec
     codec.close()

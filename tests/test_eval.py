@@ -13,7 +13,6 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
-from kvcodec.codec import Codec  # noqa: E402
 from kvcodec.errors import ConfigError  # noqa: E402
 from kvcodec.eval.imprint import Imprint, check_same, imprint  # noqa: E402
 from kvcodec.eval.metrics import Estimate  # noqa: E402
@@ -26,6 +25,8 @@ from kvcodec.layout import DType, PageLayout  # noqa: E402
 from kvcodec.plan import PagePlan  # noqa: E402
 from kvcodec.rotary import rotary_of_config  # noqa: E402
 from kvcodec.spec import CodecSpec  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 VOCABULARY, LAYERS, KV_HEADS, HEAD = 96, 2, 2, 64
 SMALL = {
@@ -41,15 +42,6 @@ SMALL = {
     "initializer_range": 0.2,
 }
 OPTIONS = Options(context=96, score=40, page_size=32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Threads that wait for each other cost small models more than they bring."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tiny(family="Qwen3", **more):
@@ -71,13 +63,6 @@ def tokens():
 @pytest.fixture(scope="module")
 def model():
     return CachedModel(tiny())
-
-
-@pytest.fixture(scope="module")
-def codec():
-    opened = Codec(1)
-    yield opened
-    opened.close()
 
 
 def run(model, tokens, codecs, options=OPTIONS, bos=None):

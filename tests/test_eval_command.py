@@ -16,6 +16,8 @@ from tiny_lm import write_tiny_lm  # noqa: E402
 
 from kvcodec.cli import main  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 SPECS = ("raw", "kv4")
 
 
@@ -33,14 +35,6 @@ def two_peers():
     other = Halves()
     other.name = "other halves"
     return [Halves(), other]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -15,19 +15,13 @@ from kvcodec.eval.model import CachedModel, load_model, tokens_of  # noqa: E402
 from kvcodec.eval.pages import SpecCodec  # noqa: E402
 from kvcodec.eval.runner import Options, measure, windows_of  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 MODELS = Path(__file__).parent / "models"
 NAMES = ("qwen3_small", "qwen2_bias_small")
 README = (MODELS / "README.md").read_text(encoding="utf-8")
 MAX_MODEL_BYTES = 10_000_000
 MAX_TEXT_BYTES = 300_000
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def stated(name):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,6 @@ import numpy.typing as npt
 import pytest
 from pages import IDENTITY, native_decode, native_encode
 
-from kvcodec import native
 from kvcodec._reference_elements import from_e4m3, to_e4m3
 from kvcodec.codec import Codec
 from kvcodec.errors import ConfigError
@@ -26,21 +24,6 @@ FP8 = SectionCodec.parse("fp8")
 SIXTEEN_BITS = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
 
 Bits = npt.NDArray[Any]
-
-
-@pytest.fixture(scope="module")
-def codec() -> Iterator[Codec]:
-    codec = Codec(threads=2)
-    yield codec
-    codec.close()
-
-
-@pytest.fixture(params=native.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
 
 
 def every_number(dtype: DType) -> Bits:

@@ -20,7 +20,6 @@ from mutants import Original, mutants, originals
 from pages import CASES, decode_page, empty_rows, raw_bytes
 from profiles import MUTANTS
 
-from kvcodec import native
 from kvcodec.codec import Codec
 from kvcodec.derotation import ROTARY_EXTENSION, rotary_of_page
 from kvcodec.errors import CorruptPage, MismatchedPage, PageError
@@ -127,13 +126,6 @@ def native_answers(
     ]
 
 
-@pytest.fixture(scope="module")
-def codec() -> Iterator[Codec]:
-    codec = Codec(threads=2)
-    yield codec
-    codec.close()
-
-
 # --- bit rot: nothing but the page itself is accepted
 
 
@@ -196,15 +188,11 @@ def test_forged_pages_are_refused_or_well_formed():
     assert len(reasons) >= 15, f"the mutator reaches few checks: {sorted(reasons)}"
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "neon"])
-def test_native_decoder_answers_like_the_reader(isa: str, codec: Codec):
+@pytest.mark.usefixtures("known_isa")
+def test_native_decoder_answers_like_the_reader(codec: Codec):
     """Damaged or forged, a page is refused by the native path for the reason that the Python reader
     gives, and an accepted one has the numbers of the reference.
     """
-    if isa not in native.available_isas():
-        pytest.skip(f"this machine has no {isa}")
-    before = native.isa()
-    native.set_isa(isa)
     stream = ((mutant.original, mutant.page) for mutant in mutants(MUTANTS // 2, 3, ORIGINALS))
     for original, pages in in_batches(stream):
         answers = native_answers(codec, original, pages)
@@ -215,7 +203,6 @@ def test_native_decoder_answers_like_the_reader(isa: str, codec: Codec):
             else:
                 assert isinstance(answer, PageError), page
                 assert answer.reason == expected.reason
-    native.set_isa(before)
 
 
 def test_mutants_are_the_same_from_the_same_seed():

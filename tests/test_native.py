@@ -32,14 +32,6 @@ def pool() -> Iterator[native.Pool]:
     pool.close()
 
 
-@pytest.fixture(params=native.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
-
-
 # --- sizes
 
 

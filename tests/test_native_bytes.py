@@ -22,14 +22,6 @@ def pool() -> Iterator[native.Pool]:
     pool.close()
 
 
-@pytest.fixture(params=native.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
-
-
 def bf16(values: object) -> np.ndarray:
     return from_float32(np.array(values, np.float32), DType.BF16)
 

@@ -50,13 +50,6 @@ CODECS = [
 Bits = npt.NDArray[Any]
 
 
-@pytest.fixture(scope="module")
-def codec() -> Iterator[Codec]:
-    codec = Codec(threads=2)
-    yield codec
-    codec.close()
-
-
 @pytest.fixture
 def every_isa() -> Iterator[list[str]]:
     before = native.isa()

@@ -4,7 +4,6 @@ bit back, damage found.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -49,21 +48,6 @@ SHAPES = [  # heads, tokens, head size
 ]
 
 Rows = npt.NDArray[np.uint16]
-
-
-@pytest.fixture(scope="module")
-def codec() -> Iterator[Codec]:
-    codec = Codec(threads=2)
-    yield codec
-    codec.close()
-
-
-@pytest.fixture(params=native.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
 
 
 def make_section(seed: int, shape: tuple[int, int, int], dtype: DType) -> Rows:

@@ -23,7 +23,6 @@ from pages import (
 )
 from profiles import examples
 
-from kvcodec import native
 from kvcodec.codec import Codec
 from kvcodec.errors import ConfigError
 from kvcodec.format import EncodedPage, pad64, parameter_bytes
@@ -52,16 +51,6 @@ def codecs() -> Iterator[list[Codec]]:
     yield made
     for codec in made:
         codec.close()
-
-
-@pytest.fixture(scope="module", params=["scalar", "avx2", "avx512", "neon"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param not in native.available_isas():
-        pytest.skip(f"this machine has no {request.param}")
-    before = native.isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
 
 
 def plan_of(layout: PageLayout, spec: CodecSpec, key_bytes: int = 3) -> PagePlan:
@@ -105,7 +94,7 @@ KEYS = ["a00", "b11"]
 @examples(50)
 @given(st.data())
 def test_native_encoder_writes_the_bytes_of_the_reference(
-    isa: str, codecs: list[Codec], data: st.DataObject
+    known_isa: str, codecs: list[Codec], data: st.DataObject
 ):
     """Any layout, spec, strides and number of threads: byte for byte, over whatever stood there."""
     layout = data.draw(page_layouts())
@@ -129,7 +118,7 @@ def test_native_encoder_writes_the_bytes_of_the_reference(
 @examples(50)
 @given(st.data())
 def test_native_decoder_reads_the_numbers_of_the_reference(
-    isa: str, codecs: list[Codec], data: st.DataObject
+    known_isa: str, codecs: list[Codec], data: st.DataObject
 ):
     """A page written from one arrangement of memory is read into any other, and only there."""
     layout = data.draw(page_layouts())
@@ -157,7 +146,7 @@ def test_native_decoder_reads_the_numbers_of_the_reference(
 
 @examples(50)
 @given(st.data())
-def test_any_stored_bytes_decode_alike(isa: str, codecs: list[Codec], data: st.DataObject):
+def test_any_stored_bytes_decode_alike(known_isa: str, codecs: list[Codec], data: st.DataObject):
     """Scales, zeros and codes that no encoder writes mean the same to every decoder."""
     layout = data.draw(page_layouts(dtypes=QUANTIZABLE, max_elements=1 << 10))
     plan = plan_of(layout, data.draw(codec_specs()))

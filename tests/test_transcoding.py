@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,13 +42,6 @@ CODECS = [
     "ecq-2",
 ]
 KEYS = [*CODECS, "int4-channel-g16", "ecq-3-channel", "lossless-channel"]
-
-
-@pytest.fixture(scope="module")
-def codec() -> Iterator[Codec]:
-    codec = Codec(1)
-    yield codec
-    codec.close()
 
 
 def page_of(

@@ -4,7 +4,6 @@ set, beside the reference and beside arithmetic so plain that it can be checked 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -14,7 +13,6 @@ import numpy.typing as npt
 import pytest
 from pages import IDENTITY, native_decode, native_encode, reseal
 
-from kvcodec import native
 from kvcodec._reference_transform import hadamard, turned
 from kvcodec.codec import Codec
 from kvcodec.derotation import ROTARY_EXTENSION
@@ -39,21 +37,6 @@ def rotary_of(size: int, style: int = SPLIT) -> Rotary:
     pairs = size // 2
     turns = F32(100.0) ** -(np.arange(pairs, dtype=F32) / pairs)
     return Rotary(size, style, tuple(turns.astype(float).tolist()))
-
-
-@pytest.fixture(scope="module")
-def codec() -> Iterator[Codec]:
-    codec = Codec(threads=2)
-    yield codec
-    codec.close()
-
-
-@pytest.fixture(params=native.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
 
 
 class Section:

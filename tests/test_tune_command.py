@@ -19,18 +19,12 @@ from kvcodec.cli import main  # noqa: E402
 from kvcodec.eval.model import CachedModel  # noqa: E402
 from kvcodec.spec import CodecSpec  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 BITS = (3.5, 4.5)
 PLAIN = ["--bits", "3.5,4.5", "--windows", "2", "--held-out", "3"]
 PLAIN += ["--context", "96", "--page-size", "32", "--score", "32"]
 LADDERS = {"KVTuner, per token", "KVTuner, KIVI"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
