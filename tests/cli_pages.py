@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import xxhash
+from fake_backend import FakeBackend
 
 from kvcodec import reference
-from kvcodec.backend import Backend, open_backend
+from kvcodec.backend import Backend, ObjectInfo, open_backend
 from kvcodec.cli import main
 from kvcodec.format import Extension, pad64
 from kvcodec.identity import Identity, Namespace
@@ -104,6 +105,16 @@ def contents(url: str) -> dict[str, bytes]:
         found[info.name] = bytes(buffer)
     backend.close()
     return found
+
+
+class Dated(FakeBackend):
+    """Written in the order of names, the last first."""
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        self._begin("list", [prefix])
+        for at, (name, data) in enumerate(sorted(self.objects.items())):
+            if name.startswith(prefix):
+                yield ObjectInfo(name, len(data), 1000.0 - at)
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, Any, str]:

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from sglang_harness import HAS_SGLANG
 from sglang_pools import start_sglang
+from store_pages import NAMESPACE, empty_pages, keys_of, numbers, random_pages
 
 from kvcodec.backend import Backend, open_backend
 from kvcodec.errors import BackendError, BackendFull, BackendTimeout, ConfigError
 from kvcodec.spec import CodecSpec
 from kvcodec.store import open_store
 from kvcodec.testing import BackendTests
-from tests.test_store import NAMESPACE, empty_pages, keys_of, numbers, random_pages
 
 pytestmark = pytest.mark.skipif(not HAS_SGLANG, reason="SGLang is not installed; make sglang")
 

@@ -14,6 +14,7 @@ from server_mooncake import MooncakeMaster, mooncake_provider, use_mooncake
 from sglang_harness import HAS_SGLANG
 from sglang_pools import start_sglang
 from sglang_round_trip import PAGES, round_trip
+from store_pages import NAMESPACE, empty_pages, keys_of, numbers, random_pages
 from waiting import wait_until
 
 from kvcodec.backend import Backend, open_backend
@@ -21,7 +22,6 @@ from kvcodec.errors import BackendError
 from kvcodec.spec import CodecSpec
 from kvcodec.store import open_store
 from kvcodec.testing import BackendTests
-from tests.test_store import NAMESPACE, empty_pages, keys_of, numbers, random_pages
 
 pytestmark = pytest.mark.skipif(not HAS_SGLANG, reason="SGLang is not installed; make sglang")
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from fake_backend import FakeBackend
 from hypothesis import given
 from hypothesis import strategies as st
 from profiles import examples
@@ -27,7 +28,6 @@ from kvcodec.spec import CodecSpec
 from kvcodec.store import PageStore, Pipeline, StoreOptions
 from kvcodec.testing.strategies import element_bits
 from kvcodec.workers import Counters
-from tests.fake_backend import FakeBackend
 
 LAYOUT = PageLayout.mha(dtype=DType.BF16, token_count=64, layer_count=3, head_count=2, head_size=64)
 NAMESPACE = Namespace(Identity.of(model="tiny", tp_rank=0), LAYOUT)

@@ -7,11 +7,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from cli_pages import (
+    Dated,
     contents,
     fill,
     filled,
@@ -22,7 +22,6 @@ from cli_pages import (
     run_json,
     run_text,
 )
-from fake_backend import FakeBackend
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from waiting import wait_until
@@ -44,16 +43,6 @@ def source(tmp_path) -> tuple[str, dict[str, bytes]]:
 @pytest.fixture
 def target(tmp_path) -> str:
     return f"file://{tmp_path}/target"
-
-
-class Dated(FakeBackend):
-    """Written in the order of names, the last first."""
-
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        self._begin("list", [prefix])
-        for at, (name, data) in enumerate(sorted(self.objects.items())):
-            if name.startswith(prefix):
-                yield ObjectInfo(name, len(data), 1000.0 - at)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli_pages import (
+    Dated,
     contents,
     fill,
     flipped,
@@ -23,21 +24,20 @@ from cli_pages import (
     run_text,
 )
 from fake_backend import FakeBackend
-from pages import native_encode, rows_of_raw
-from test_cli_copy import Dated
+from pages import decode_page, native_encode, rows_of_raw
 from waiting import wait_until
 
 from kvcodec.backend import open_backend
 from kvcodec.cli import main, stores, transcoding, verification
 from kvcodec.codec import Codec
+from kvcodec.derotation import ROTARY_EXTENSION
 from kvcodec.errors import BackendError, BackendFull
 from kvcodec.extension import Extension
 from kvcodec.format import EncodedPage
 from kvcodec.layout import PageViews
-from kvcodec.plan import ROTARY_EXTENSION, PagePlan
+from kvcodec.plan import PagePlan
 from kvcodec.spec import CodecSpec
 from kvcodec.store import PageStore, Pipeline
-from tests.pages import decode_page
 
 SPACE = namespace_of(0)
 NAMES = [SPACE.object_name(key) for key in "abcdefgh"]

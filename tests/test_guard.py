@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator, Sequence
 
 import pytest
+from fake_backend import FakeBackend
+from store_pages import NAMESPACE, empty_pages, keys_of, random_pages, timed
 from waiting import wait_until
 
 from kvcodec.errors import BackendError, BackendFull, BackendReadOnly, BackendTimeout
@@ -16,8 +18,6 @@ from kvcodec.log import RateLimitedLog
 from kvcodec.spec import CodecSpec
 from kvcodec.store import PageStore, Pipeline, StoreOptions
 from kvcodec.workers import Counters, IOThreads
-from tests.fake_backend import FakeBackend
-from tests.test_store import NAMESPACE, empty_pages, keys_of, random_pages, timed
 
 SILENT = [BackendTimeout("late")]
 FAILED = [BackendError("broken")]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from cli_pages import make_page
+from store_pages import NAMESPACE, OPTIONS, empty_pages, keys_of, random_pages
 
 from kvcodec.backend import open_backend
 from kvcodec.cli import main
@@ -22,7 +23,6 @@ from kvcodec.profile import PROFILE_EXTENSION, Profile
 from kvcodec.rotary import Rotary
 from kvcodec.spec import CodecSpec
 from kvcodec.store import PageStore, Pipeline
-from tests.test_store import NAMESPACE, OPTIONS, empty_pages, keys_of, random_pages
 
 POINTS = {
     3.5: "key=ecq-3.5-channel value=ecq-3.25",

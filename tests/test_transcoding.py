@@ -17,12 +17,13 @@ from profiles import examples
 
 from kvcodec import transcoding
 from kvcodec.codec import Codec
+from kvcodec.derotation import ROTARY_EXTENSION
 from kvcodec.errors import CorruptPage
 from kvcodec.extension import Extension
 from kvcodec.format import EncodedPage
 from kvcodec.identity import Identity, Namespace
 from kvcodec.layout import DType, PageLayout
-from kvcodec.plan import ROTARY_EXTENSION, PagePlan
+from kvcodec.plan import PagePlan
 from kvcodec.reference import decode_section, encode_section
 from kvcodec.rotary import SPLIT, Rotary
 from kvcodec.spec import CodecSpec
