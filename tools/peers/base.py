@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -36,13 +37,8 @@ class Origin:
     package: str = ""
     remark: str = ""
 
-    @property
-    def is_installed(self) -> bool:
-        """Whether the authors' own code runs."""
-        return bool(self.package)
 
-
-class Peer:
+class Peer(ABC):
     """A codec of single pages. Keys and values have the shape (layers, heads, tokens, head size)
     and the cache's type; keys are as the engine stores them, after RoPE.
 
@@ -61,13 +57,13 @@ class Peer:
         self.name = name
         self.origin = origin
 
+    @abstractmethod
     def encode(self, keys: Tensor, values: Tensor) -> Stored:
         """One page, encoded."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, payload: Any) -> tuple[Tensor, Tensor]:
         """What `encode` made, as keys and values again."""
-        raise NotImplementedError
 
     def roundtrip_pages(self, keys: Tensor, values: Tensor) -> RoundTrip:
         """Code pages of shape (pages, layers, heads, tokens, head size), `self.pages` at a time."""
@@ -103,13 +99,13 @@ class TensorPeer(Peer):
         keys, values = payload
         return self.decode_tensor(keys, is_key=True), self.decode_tensor(values, is_key=False)
 
+    @abstractmethod
     def encode_tensor(self, tensor: Tensor, *, is_key: bool) -> Stored:
         """(layers, heads, tokens, head size), encoded."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode_tensor(self, payload: Any, *, is_key: bool) -> Tensor:
         """What `encode_tensor` made."""
-        raise NotImplementedError
 
 
 def bits_of(*tensors: Tensor) -> int:

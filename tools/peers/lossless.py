@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import numpy as np
@@ -29,13 +30,13 @@ class BytesPeer(Peer):
         count = shapes[0].numel()
         return page[:count].view(shapes[0]), page[count:].view(shapes[1])
 
+    @abstractmethod
     def compress(self, page: np.ndarray) -> bytes:
         """int16 numbers (n,), as bytes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decompress(self, stored: bytes) -> np.ndarray:
         """The numbers again."""
-        raise NotImplementedError
 
 
 class ZipNN(BytesPeer):
