@@ -7,61 +7,29 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kvcodec.codec import Codec
 from kvcodec.errors import ConfigError
-from kvcodec.eval.imprint import Imprint
 from kvcodec.eval.model import CachedModel, load_model, tokens_of
-from kvcodec.eval.opening import (
-    CACHE,
-    COMPUTE,
-    imprinted,
-    one_of,
-    progress_bar,
-    text_of,
-    versions,
-)
+from kvcodec.eval.opening import Opening, imprinted, progress_bar, text_of, versions
 from kvcodec.eval.pages import SpecCodec
 from kvcodec.eval.protocol import AnyCodec, CacheCodec, PageCodec
 from kvcodec.eval.report import Row
-from kvcodec.eval.runner import Mode, Options, Result, measure, windows_of
+from kvcodec.eval.runner import Result, measure, windows_of
 from kvcodec.rotary import Rotary, rotary_of_config
 
 __all__ = ["Session", "codecs_of", "peers_of", "run_session"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Session:
+class Session(Opening):
     """The options of the command; see there. The names of models and peers come from the user's
     own command line, and importing a peer runs its code.
     """
 
-    model: str
     specs: tuple[str, ...]
     text: Path
-    mode: str = "context"
-    context: int = 512
-    score: int = 0
-    page_size: int = 64
-    sink_tokens: int = 0
     windows: int = 0
-    imprint: str = ""
     peers: tuple[str, ...] = ()
-    compute: str = "float32"
-    cache: str = "bfloat16"
-    device: str = "cpu"
-
-    def options(self) -> Options:
-        """How windows are cut. Raises `ConfigError` for a value out of range."""
-        return Options(
-            mode=Mode(one_of("--mode", self.mode, [mode.value for mode in Mode])),
-            context=self.context,
-            score=self.score,
-            page_size=self.page_size,
-            sink_tokens=self.sink_tokens,
-            windows=self.windows,
-        )
 
 
 def codecs_of(session: Session, codec: Codec, rotary: Rotary | None) -> list[AnyCodec]:
@@ -99,10 +67,9 @@ def _is_codec(value: object) -> bool:
 
 def run_session(session: Session) -> dict[str, Any]:
     """The document of ``--json``: what was asked for, the variants of the model, and the rows."""
-    options = session.options()
-    compute = getattr(torch, one_of("--compute", session.compute, COMPUTE))
-    cache = getattr(torch, one_of("--cache", session.cache, CACHE))
-    what = Imprint.parse(session.imprint) if session.imprint else None
+    options = session.cutting(session.windows)
+    compute, cache = session.types()
+    what = session.outliers()
     codec = Codec()
     try:
         text = text_of(session.text)

@@ -11,28 +11,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from kvcodec.codec import Codec
 from kvcodec.errors import ConfigError
 from kvcodec.eval.comparison import bits_saved
 from kvcodec.eval.families import ECQ, LADDERS, Allocation, Family
-from kvcodec.eval.imprint import Imprint
 from kvcodec.eval.journal import Journal
 from kvcodec.eval.metrics import Estimate
 from kvcodec.eval.model import Cache, CachedModel, load_model, tokens_of
-from kvcodec.eval.opening import (
-    CACHE,
-    COMPUTE,
-    imprinted,
-    one_of,
-    progress_bar,
-    text_of,
-    versions,
-)
+from kvcodec.eval.opening import Opening, imprinted, progress_bar, text_of, versions
 from kvcodec.eval.probing import Measured, Probed, Runs, WindowSet, split_windows
-from kvcodec.eval.runner import Mode, Options, check_context
+from kvcodec.eval.runner import Options, check_context
 from kvcodec.profile import PROFILE_VERSION, ProfileReference
 from kvcodec.rotary import Rotary, rotary_of_config
 from kvcodec.spec import CodecSpec
@@ -47,10 +37,9 @@ _SAMPLED = 256  # elements of each weight in the fingerprint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tuning:
+class Tuning(Opening):
     """The options of the command; see there. `bits` ascending."""
 
-    model: str
     texts: tuple[Path, ...]
     output: Path
     bits: tuple[float, ...]
@@ -58,15 +47,6 @@ class Tuning:
     held_out: int = 16
     seed: int = 0
     ladder: bool = True
-    mode: str = "context"
-    context: int = 512
-    score: int = 0
-    page_size: int = 64
-    sink_tokens: int = 0
-    imprint: str = ""
-    compute: str = "float32"
-    cache: str = "bfloat16"
-    device: str = "cpu"
 
     def options(self) -> Options:
         """How windows are cut. Raises `ConfigError` for a value out of range, here or there."""
@@ -83,13 +63,7 @@ class Tuning:
         ):
             if not low <= value < 1 << 31:
                 raise ConfigError(f"--{name} is {value}, allowed is a number from {low}")
-        return Options(
-            mode=Mode(one_of("--mode", self.mode, [mode.value for mode in Mode])),
-            context=self.context,
-            score=self.score,
-            page_size=self.page_size,
-            sink_tokens=self.sink_tokens,
-        )
+        return self.cutting()
 
     @property
     def state_path(self) -> Path:
@@ -110,9 +84,8 @@ class _Row:
 def run_tuning(tuning: Tuning) -> dict[str, Any]:
     """Measure, write the profile to `tuning.output`, and return what it says."""
     options = tuning.options()
-    compute = getattr(torch, one_of("--compute", tuning.compute, COMPUTE))
-    cache_dtype = getattr(torch, one_of("--cache", tuning.cache, CACHE))
-    what = Imprint.parse(tuning.imprint) if tuning.imprint else None
+    compute, cache_dtype = tuning.types()
+    what = tuning.outliers()
     texts = [text_of(path) for path in tuning.texts]
     raw, tokenizer = load_model(tuning.model, tuning.compute, tuning.device)
     tokens, bos = tokens_of(tokenizer, "\n".join(texts))
