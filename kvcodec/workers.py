@@ -126,7 +126,8 @@ class IOThreads:
     def _run(self) -> None:
         thread = threading.current_thread()
         while (task := self._tasks.get()) is not None:
-            self._busy_since[thread] = time.monotonic()
+            with self._lock:
+                self._busy_since[thread] = time.monotonic()
             task()
             del task  # a finished task must not keep its buffers alive while the thread waits
             with self._lock:

@@ -9,7 +9,7 @@ import weakref
 import numpy as np
 import pytest
 
-from kvcodec.workers import Buffers
+from kvcodec.workers import Buffers, IOThreads
 
 
 def test_a_buffer_is_reused_and_memory_is_bounded() -> None:
@@ -88,3 +88,21 @@ def test_an_allocation_that_fails_costs_no_memory() -> None:
         with pytest.raises(MemoryError):
             buffers.acquire(4096, 0)
     assert buffers.allocated_bytes == 0
+
+
+def test_a_task_may_begin_while_hanging_ones_are_counted() -> None:
+    io, begun = IOThreads(1), threading.Event()
+    assert io.call(lambda: True, False, 20)  # its thread is there, and waits
+
+    class Since(float):
+        """When another thread began its task; who subtracts it gives that thread time for more."""
+
+        def __rsub__(self, now: float) -> float:
+            io._tasks.put(begun.set)
+            begun.wait(0.3)
+            return 0.0
+
+    io._busy_since[threading.Thread()] = Since()
+    assert io.replace_stuck(60) == 0
+    assert begun.wait(20)
+    io.close(5)
