@@ -27,7 +27,7 @@ from kvcodec_server.service import PageServer, ServerOptions, new_grpc_server
 #: of a write; or does not come back from a read for as many seconds.
 STOPS_READING = "5709"
 STOPS_WRITING = "5708"
-HANGS_SECONDS = 2.0
+HANGS_SECONDS = 4.0
 HANGS = "5707"
 RAISES = "5706"
 

@@ -64,7 +64,7 @@ class SidecarProcess(RealServer):
         """Status and body of a page on the HTTP port; status 0 if nobody answers."""
         url = f"http://127.0.0.1:{self.http_port}{path}"
         try:
-            with urllib.request.urlopen(url, timeout=5) as answer:
+            with urllib.request.urlopen(url, timeout=20) as answer:
                 return int(answer.status), answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
@@ -90,13 +90,13 @@ class SidecarProcess(RealServer):
         assert self._process is not None
         self._process.send_signal(number)
 
-    def wait(self, seconds: float = 15.0) -> int:
+    def wait(self, seconds: float = 60.0) -> int:
         """The exit code, once it has ended."""
         assert self._process is not None
         return self._process.wait(seconds)
 
 
-def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
     """Wait until it is true."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -14,9 +14,9 @@ LAYOUT = PageLayout.mha(dtype=DType.BF16, token_count=16, layer_count=3, head_co
 NAMESPACE = Namespace(Identity.of(model="tiny", tp_rank=0), LAYOUT)
 OPTIONS = StoreOptions(
     buffer_bytes=8 << 20,
-    exists_timeout_seconds=0.3,
-    prefetch_timeout_seconds=0.5,
-    backup_timeout_seconds=0.5,
+    exists_timeout_seconds=30.0,
+    prefetch_timeout_seconds=30.0,
+    backup_timeout_seconds=30.0,
     breaker_failures=0,
 )
 

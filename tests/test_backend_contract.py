@@ -349,7 +349,7 @@ class WaitsForEver(Shared):
         self, names: Sequence[str], objects: Sequence[memoryview], *, timeout_seconds: float
     ) -> list[PutResult]:
         if STALL.is_set():
-            time.sleep(2.0)
+            time.sleep(4.0)
         return super().put(names, objects, timeout_seconds=timeout_seconds)
 
 

@@ -210,11 +210,11 @@ def test_what_is_no_object_is_a_miss_and_never_blocks(
     in_the_way(kind, path, tmp_path)
     started = time.monotonic()
     assert get(backend, 1) is None
-    assert backend.exists([name(1)], timeout_seconds=1) == [False]
-    assert backend.stat(name(1), timeout_seconds=1) is None
-    assert backend.delete([name(1)], timeout_seconds=1) == [False]
+    assert backend.exists([name(1)], timeout_seconds=60) == [False]
+    assert backend.stat(name(1), timeout_seconds=60) is None
+    assert backend.delete([name(1)], timeout_seconds=60) == [False]
     assert list(backend.list()) == []
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 10
     result = put(backend, 1, b"data")
     if kind == "directory":
         assert isinstance(result, BackendError)
@@ -345,16 +345,17 @@ def test_a_deadline_is_looked_at_between_objects(
     real_open = os.open
 
     def slow_open(*arguments: object, **options: object) -> int:
-        time.sleep(0.05)
+        time.sleep(0.1)
         return real_open(*arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(_file_io.os, "open", slow_open)
     names = [name(number) for number in range(20)]
-    started = time.monotonic()
-    results = backend.put(names, [memoryview(b"data")] * 20, timeout_seconds=0.2)
-    assert time.monotonic() - started < 0.5
+    results = backend.put(names, [memoryview(b"data")] * 20, timeout_seconds=0.5)
     assert results[0] is None
     assert isinstance(results[-1], TimeoutError)
+    # What came too late was not done and then called late.
+    monkeypatch.undo()
+    assert backend.exists(names, timeout_seconds=60) == [result is None for result in results]
 
 
 def test_a_removed_root_is_made_anew_at_the_next_put(root: Path, backend: FileBackend):

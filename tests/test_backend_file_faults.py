@@ -192,8 +192,8 @@ def test_a_read_only_disk_is_read(mounted: Callable[[str], Path], max_bytes: int
     late = FileBackend(str(root), max_bytes=max_bytes)
     for opened in (backend, late):
         started = time.monotonic()
-        assert type(put(opened, 9, b"data")) is BackendReadOnly
-        assert time.monotonic() - started < 0.1
+        assert type(put(opened, 9, b"data", timeout_seconds=60)) is BackendReadOnly
+        assert time.monotonic() - started < 10
         assert [get(opened, number) for number in range(6)] == [b"data"] * 5 + [None]
         assert opened.delete([name(0)], timeout_seconds=1) == [False]
     subprocess.run(["mount", "-o", "remount,rw", str(root)], check=True)

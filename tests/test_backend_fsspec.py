@@ -293,7 +293,7 @@ def test_calls_that_hang_cost_no_call_after_them(tmp_path: Path):
     with MovingFileSystem.stall.entered():
         for _ in range(3):
             assert backend.exists(NAMES, timeout_seconds=0.1) == [False] * len(NAMES)
-    assert put(backend, NAMES, b"data", timeout_seconds=5) == [None] * len(NAMES)
+    assert put(backend, NAMES, b"data", timeout_seconds=20) == [None] * len(NAMES)
 
 
 @pytest.mark.parametrize("protocol", ["memory", "coroutines"])
@@ -328,7 +328,7 @@ def test_closing_ends_calls_under_way(tmp_path: Path):
         thread.start()
         time.sleep(0.1)
         backend.close()
-        thread.join(5)
+        thread.join(20)
     (answer,) = answers
     assert isinstance(answer, BackendError)
 

@@ -195,7 +195,7 @@ from kvcodec.errors import BackendError
 name, url, when = "ab" * 16 + "/" + "ef" * 32, sys.argv[1], sys.argv[2]
 
 def put(backend):
-    return backend.put([name], [memoryview(b"data")], timeout_seconds=5)[0]
+    return backend.put([name], [memoryview(b"data")], timeout_seconds=30)[0]
 
 if when == "after":
     backend = open_backend(url)
@@ -208,7 +208,7 @@ if pid == 0:
     else:
         assert isinstance(put(backend), BackendError) and "spawn" in str(put(backend))
         assert isinstance(put(open_backend(url)), BackendError)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 20
     sys.exit(7)
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
 backend = open_backend(url)

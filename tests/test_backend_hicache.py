@@ -17,6 +17,7 @@ import pytest
 from sglang_harness import HAS_SGLANG
 from sglang_pools import start_sglang
 from store_pages import NAMESPACE, empty_pages, keys_of, numbers, random_pages
+from waiting import wait_until
 
 from kvcodec.backend import Backend, open_backend
 from kvcodec.errors import BackendError, BackendFull, BackendTimeout, ConfigError
@@ -209,7 +210,7 @@ def test_a_call_that_hangs_is_given_up_and_writes_nowhere(plugin: Any):
         )
         assert [type(answer) for answer in answers] == [BackendTimeout] * 8
         assert backend.exists(NAMES[:2], timeout_seconds=0.3) == [False, False]
-        assert 0.5 < time.monotonic() - started < 1.5
+        assert 0.5 < time.monotonic() - started < 10  # of a store that hangs for ever
         # Two threads hang now, and there are no more.
         (answer,) = put(backend, NAMES[0], seconds=0.1)
         assert isinstance(answer, BackendTimeout)
@@ -249,8 +250,7 @@ def test_a_backend_that_cannot_be_made_yet_is_made_later(
             "__init__",
             lambda self, *_: vars(self).update(name="test", objects=plugin.stores["test"]),
         )
-        time.sleep(0.3)
-        assert put(backend, NAMES[0]) == [None]
+        wait_until(lambda: put(backend, NAMES[0]) == [None])
 
 
 def test_a_damaged_object_is_missing_and_makes_room(plugin: Any):
@@ -280,7 +280,7 @@ def test_a_closed_backend_is_closed(plugin: Any):
     backend.close()
     assert plugin.closed == ["test"]
     for thread in threads:
-        thread.join(5)
+        thread.join(20)
         assert not thread.is_alive()
 
 

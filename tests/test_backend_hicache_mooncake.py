@@ -121,7 +121,7 @@ def test_a_master_may_come_later_and_go_and_come_back():
     name, other = (f"{2:032x}/{number:064x}" for number in (1, 2))
     started = time.monotonic()
     with closing(open_backend(master.url.replace("size=0", "size=134217728"))) as backend:
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 10
         assert isinstance(put(backend, name, b"data"), BackendError)
         assert get(backend, name, 10).__class__ is BackendError
         assert backend.exists([name], timeout_seconds=1) == [False]
@@ -133,7 +133,7 @@ def test_a_master_may_come_later_and_go_and_come_back():
             assert not isinstance(get(backend, name, 10, seconds=0.3), bytes)
             assert isinstance(put(backend, other, b"data", seconds=0.3), BackendError)
             assert backend.exists([name], timeout_seconds=0.3) == [False]
-            assert time.monotonic() - started < 2.5
+            assert time.monotonic() - started < 10
             master.start()
             wait_until(lambda: put(backend, other, b"data") is None)
             assert get(backend, other, 10) == b"data"

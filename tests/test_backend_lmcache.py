@@ -130,10 +130,10 @@ def test_a_server_that_is_not_up_answers_with_errors_at_once():
     started = time.monotonic()
     assert isinstance(put(away, name(), b"data"), BackendError)
     assert isinstance(get(away, name()), BackendError)
-    assert away.exists([name()], timeout_seconds=5) == [False]
+    assert away.exists([name()], timeout_seconds=10) == [False]
     with pytest.raises(BackendError):
         list(away.list())
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 8  # a deadline is ten
 
 
 def test_connections_are_kept_and_reused(backend: Backend):

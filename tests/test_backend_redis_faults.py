@@ -14,6 +14,7 @@ import pytest
 from faulty_proxy import FaultyProxy
 from real_server import free_port
 from server_redis import RedisServer
+from waiting import wait_until
 
 from kvcodec.backend import Backend
 from kvcodec.errors import (
@@ -119,7 +120,7 @@ def test_a_busy_server_is_an_answer(server: RedisServer, backend: RedisBackend):
     endless = threading.Thread(target=lambda: _endless_script(server))
     endless.start()
     try:
-        time.sleep(0.3)
+        wait_until(lambda: "BUSY" in str(put(backend, NAMES[0])))
         (answer,) = put(backend, NAMES[0])
         assert isinstance(answer, BackendError)
         assert "BUSY" in str(answer)
@@ -181,7 +182,7 @@ def test_a_trickling_server_costs_a_call_its_deadline(server: RedisServer, backe
         with closing(slow):
             started = time.monotonic()
             answers = get(slow, *NAMES, size=60_000, seconds=1.0)
-            assert 0.9 < time.monotonic() - started < 2
+            assert 0.9 < time.monotonic() - started < 5  # the replies would take 30
             assert [type(answer) for answer in answers] == [BackendTimeout] * 6
             # The replies still on the way belong to nobody: no later call may take them.
             assert get(slow, f"{9:032x}/{1:064x}", seconds=5) == [None]
@@ -198,7 +199,7 @@ def test_a_connection_that_takes_no_data_costs_a_call_its_deadline():
             started = time.monotonic()
             (answer,) = put(backend, NAMES[0], data=bytes(50_000_000), seconds=0.5)
             assert isinstance(answer, BackendTimeout)
-            assert time.monotonic() - started < 2
+            assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize(

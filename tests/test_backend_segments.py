@@ -195,11 +195,11 @@ def test_sync_is_done_once_for_neighbours(root: Path, monkeypatch: pytest.Monkey
 
 
 def test_what_is_too_old_is_gone_and_its_segment_with_it(root: Path):
-    with closing(open_store(root, "segment_bytes=64KiB&ttl_seconds=1.5")) as backend:
+    with closing(open_store(root, "segment_bytes=64KiB&ttl_seconds=3")) as backend:
         put_all(backend, {number: content(number, 30_000) for number in range(4)})
         assert len(segment_paths(root)) == 2
         assert len(get_all(backend, list(range(4)))) == 4
-        time.sleep(1.6)
+        time.sleep(3.1)
         names = [name(number) for number in range(4)]
         assert get_all(backend, list(range(4))) == {}
         assert backend.exists(names, timeout_seconds=1) == [False] * 4

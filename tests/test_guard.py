@@ -6,6 +6,8 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from fake_backend import FakeBackend
@@ -28,10 +30,14 @@ class Store:
 
     def __init__(self) -> None:
         self.well = threading.Event()
-        self.probes = 0
+        self.probed_at: list[float] = []
+
+    @property
+    def probes(self) -> int:
+        return len(self.probed_at)
 
     def probe(self) -> None:
-        self.probes += 1
+        self.probed_at.append(time.monotonic())
         if not self.well.is_set():
             raise BackendError("still broken")
 
@@ -64,10 +70,10 @@ def test_a_store_that_was_away_for_long_is_noticed_soon(breaker: Breaker, store:
     settle(breaker, SILENT)
     wait_until(lambda: store.probes >= 12)
     store.well.set()
-    started = time.monotonic()
     wait_until(lambda: breaker.admits)
-    # With an interval that doubled it would be another 1.28 s at best.
-    assert time.monotonic() - started < 1.0
+    # An interval that doubled would be 1.28 s by now; a loaded machine lengthens some, not all.
+    last = store.probed_at[7:12]
+    assert min(later - earlier for earlier, later in pairwise(last)) < 0.5
 
 
 def test_one_silent_call_opens_it(breaker: Breaker) -> None:
@@ -135,9 +141,12 @@ def test_it_stays_open_longer_each_time_until_a_call_succeeds(
     seconds_open()  # the first time it is asked again soon
     for doubled in range(5):
         assert seconds_open() >= 0.02 * 2**doubled
-    settle(breaker, [None])
-    # One more doubling would be 0.64 s; a slow machine may add to 0.02, but not that much.
-    assert seconds_open() < 0.6
+    # One more doubling would be 0.64 s; a loaded machine may add as much to 0.02 s, but not always.
+    tries = []
+    for _ in range(5):
+        settle(breaker, [None])
+        tries.append(seconds_open())
+    assert min(tries) < 0.6
 
 
 def test_a_probe_that_hangs_keeps_it_open_and_blocks_nobody(counts: Counters) -> None:
@@ -152,7 +161,7 @@ def test_a_probe_that_hangs_keeps_it_open_and_blocks_nobody(counts: Counters) ->
     settle(breaker, SILENT)
     wait_until(lambda: bool(probes))
     _, seconds = timed(settle, breaker, SILENT)
-    assert seconds < 0.5
+    assert seconds < 10  # the probe would take 30
     assert not breaker.admits
     breaker.close()
     release.set()
@@ -202,9 +211,15 @@ def test_stuck_threads_are_replaced_a_bounded_number_of_times() -> None:
 
 
 def test_a_thread_given_up_ends_with_its_call() -> None:
-    io, release = IOThreads(1), threading.Event()
-    io.submit(lambda: release.wait(30) and None)
-    time.sleep(0.05)
+    io, release, started = IOThreads(1), threading.Event(), threading.Event()
+
+    def hang() -> None:
+        started.set()
+        release.wait(30)
+
+    io.submit(hang)
+    assert started.wait(20)
+    time.sleep(0.02)
     before = threading.active_count()
     assert io.replace_stuck(0.01) == 1
     assert threading.active_count() == before + 1
@@ -246,7 +261,7 @@ def test_a_store_that_hangs_for_ever_costs_one_deadline_once(
 ) -> None:
     """Then nothing; and when it is back, everything is as before."""
     _, views = random_pages(6)
-    pages.backup(keys_of(6), views)
+    wait_until(lambda: pages.backup(keys_of(6), views) == [True] * 6)
     hanging = threading.Event()
     hanging.set()
 
@@ -265,11 +280,11 @@ def test_a_store_that_hangs_for_ever_costs_one_deadline_once(
 
     result, seconds = timed(call)
     assert result == [False] * 6
-    assert seconds < 1.3
+    assert seconds < 3  # a deadline for each page would be that long
     started = time.monotonic()
     for _ in range(50):
         assert call() == [False] * 6
-    assert time.monotonic() - started < 1.0
+    assert time.monotonic() - started < 7  # a deadline for each call would be twice that
     hanging.clear()
     wait_until(lambda: call() == [True] * 6)
 
@@ -278,7 +293,7 @@ def test_a_store_that_answers_probes_and_nothing_else_costs_less_and_less(
     pages: PageStore, backend: FakeBackend
 ) -> None:
     _, views = random_pages(2)
-    pages.backup(keys_of(2), views)
+    wait_until(lambda: pages.backup(keys_of(2), views) == [True] * 2)
     backend.hook = lambda called, names: time.sleep(1.0 if called == "get" else 0)
     stop_at = time.monotonic() + 6.0
     while time.monotonic() < stop_at:
@@ -288,23 +303,31 @@ def test_a_store_that_answers_probes_and_nothing_else_costs_less_and_less(
     assert 2 <= len([call for call in backend.calls if call[0] == "get"]) <= 8
 
 
-def test_a_choked_uplink_does_not_cost_the_hits(pages: PageStore, backend: FakeBackend) -> None:
+def test_a_choked_uplink_does_not_cost_the_hits(backend: FakeBackend) -> None:
+    pipeline = Pipeline(backend, replace(SHORT, prefetch_timeout_seconds=30))
+    pages, going_on = PageStore(pipeline, NAMESPACE, CodecSpec()), threading.Event()
     _, views = random_pages(4)
-    pages.backup(keys_of(4), views)
-    until = time.monotonic() + 2.0
-    backend.hook = lambda called, names: time.sleep(
-        max(0.0, until - time.monotonic()) if called == "put" else 0
-    )
+    wait_until(lambda: pages.backup(keys_of(4), views) == [True] * 4)
+    backend.hook = lambda called, names: going_on.wait(60) if called == "put" else None
     assert pages.backup(keys_of(4, start=50), views) == [False] * 4
     assert pages.backup(keys_of(4, start=60), views) == [False] * 4
     assert pages.prefetch(keys_of(4), empty_pages(4)[1]) == [True] * 4
+    going_on.set()
+    pipeline.close()
 
 
 def test_exists_that_answers_no_at_its_deadline_is_silence(
     pages: PageStore, backend: FakeBackend
 ) -> None:
     """As a client with a time-out of its own does when the server hangs."""
-    backend.hook = lambda called, names: time.sleep(0.27 if called == "exists" else 0)
+
+    def hook(called: str, names: Sequence[str]) -> None:
+        if called != "exists":  # a probe, which would close the breaker again
+            raise BackendError("away")
+        time.sleep(0.27)
+
+    backend.hook = hook
     assert pages.exists(keys_of(3)) == [False] * 3
-    _, seconds = timed(pages.exists, keys_of(3))
-    assert seconds < 0.2
+    asked = [called for called, _ in backend.calls].count("exists")
+    assert pages.exists(keys_of(3)) == [False] * 3
+    assert [called for called, _ in backend.calls].count("exists") == asked

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
+import grpc
 import pytest
 from sidecar_process import until
 from test_server_metrics import metrics_of, series, value
@@ -110,16 +111,21 @@ def test_a_page_of_another_codec_or_model_stays(watched):
 
 
 def ask(host: Watched, count: int, seconds: float) -> None:
+    """What comes of it says the server in time, or on a loaded machine the client's own clock."""
     names = [name(number) for number in range(count)]
-    host.stub.Exists(pb.ExistsRequest(names=names), timeout=seconds)
+    try:
+        host.stub.Exists(pb.ExistsRequest(names=names), timeout=seconds)
+    except grpc.RpcError as error:
+        if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+            raise
 
 
 def test_pages_wait_for_a_thread_and_then_for_the_store(watched):
     host = watched(io_threads=1)
     assert host.value("kvcodec_queue_pages", state="waiting") == 0
     going_on = threading.Event()
-    host.store.hook = lambda operation, names: going_on.wait(10)
-    threads = [threading.Thread(target=ask, args=(host, count, 5)) for count in (3, 4)]
+    host.store.hook = lambda operation, names: going_on.wait(30)
+    threads = [threading.Thread(target=ask, args=(host, count, 20)) for count in (3, 4)]
     for thread in threads:
         thread.start()
         until(lambda: host.value("kvcodec_queue_pages", state="asked"))
@@ -137,7 +143,7 @@ def test_pages_for_which_no_thread_came_free_were_dropped(watched):
     host = watched(io_threads=1)
     going_on = threading.Event()
     host.store.hook = lambda operation, names: going_on.wait(10)
-    ask(host, 1, 0.2)
+    ask(host, 1, 1.0)
     ask(host, 5, 0.2)
     going_on.set()
     until(lambda: host.dropped("exists", "thread") == 5)
@@ -146,7 +152,7 @@ def test_pages_for_which_no_thread_came_free_were_dropped(watched):
 def test_pages_that_find_the_queue_full_were_dropped(watched, monkeypatch):
     host = watched()
     monkeypatch.setattr(host.pages._servicer.calls.pipeline.io, "submit", lambda work: False)
-    ask(host, 5, 1)
+    ask(host, 5, 20)
     assert host.dropped("exists", "queue") == 5
     assert host.value("kvcodec_queue_pages", state="waiting") == 0
 
@@ -154,9 +160,9 @@ def test_pages_that_find_the_queue_full_were_dropped(watched, monkeypatch):
 def test_pages_that_find_the_circuit_open_were_dropped(watched):
     host = watched(breaker_failures=1, breaker_cooldown_seconds=30)
     forever = threading.Event()
-    host.store.hook = lambda operation, names: forever.wait(10)
-    ask(host, 1, 0.5)
-    ask(host, 7, 0.5)
+    host.store.hook = lambda operation, names: forever.wait(60)
+    ask(host, 1, 1.5)
+    ask(host, 7, 20)
     forever.set()
     assert host.dropped("exists", "circuit") == 7
 

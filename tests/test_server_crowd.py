@@ -168,11 +168,11 @@ def test_calls_that_never_go_on_hold_nobody_up(kind):
         with grpc.insecure_channel(f"127.0.0.1:{host.port}") as channel:
             stub = PageServiceStub(channel)
             for _ in range(20):
-                stub.Exists(pb.ExistsRequest(names=[NAME]), timeout=5)
+                stub.Exists(pb.ExistsRequest(names=[NAME]), timeout=20)
                 rooms = [pb.ObjectRoom(name=NAME, capacity=1 << 20)]
-                parts = stub.GetStream(pb.GetStreamRequest(objects=rooms), timeout=5)
+                parts = stub.GetStream(pb.GetStreamRequest(objects=rooms), timeout=20)
                 assert sum(len(part.chunk) for part in parts) == 1 << 20
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < 8
         settle(floods, 0.1)
         seen = sum((link.seen for link in floods), http2_flood.Counter())
         held = sum(len(link.open) for link in floods)

@@ -13,6 +13,7 @@ import grpc
 import pytest
 from fake_backend import FakeBackend
 from pages import Case, decode_page, raw_bytes
+from waiting import wait_until
 
 from kvcodec.backend import open_backend
 from kvcodec.errors import BackendError, BackendFull, BackendTimeout, ConfigError, MismatchedPage
@@ -179,7 +180,7 @@ def test_a_writer_that_leaves_stores_no_half_object(host):
 
 
 def test_a_slow_reader_is_sent_away_and_costs_little_memory(monkeypatch):
-    host = Host(max_call_seconds=0.7, staging_bytes=64 << 20, max_streams=2)
+    host = Host(max_call_seconds=3.0, staging_bytes=64 << 20, max_streams=2)
     data = os.urandom(8 << 20)
     host.store.objects = {name(number): data for number in range(40)}
     rooms = [pb.ObjectRoom(name=key, capacity=8 << 20) for key in host.store.objects]
@@ -189,8 +190,7 @@ def test_a_slow_reader_is_sent_away_and_costs_little_memory(monkeypatch):
     assert "max_streams" in str(refused(lambda: get(host, name(1))))
     # Others are served meanwhile.
     assert list(host.stub.Exists(pb.ExistsRequest(names=[name(1)]), timeout=5).exists) == [True]
-    time.sleep(1.0)
-    assert host.pages.stats()["streams"] == 0
+    wait_until(lambda: host.pages.stats()["streams"] == 0)
     assert 0 < host.pages.stats()["staging_bytes"] <= 64 << 20
     assert len(get(host, name(1), capacity=8 << 20)) == 1
     host.close()
@@ -324,22 +324,22 @@ def test_names_are_listed_counted_described_and_removed(host):
 
 
 def test_a_long_list_may_take_longer_than_a_call(monkeypatch):
-    host = Host(max_call_seconds=0.3)
+    host = Host(max_call_seconds=1.5)
     put(host, {name(number): b"x" for number in range(3)})
     listed = host.store.list
 
     def slow(prefix=""):
         for info in listed(prefix):
-            time.sleep(0.15)
+            time.sleep(0.6)
             yield info
 
     host.store.list = slow
     monkeypatch.setattr(_listing, "_LISTED_AT_ONCE", 1)
-    found = [o.name for r in host.stub.List(pb.ListRequest(), timeout=5) for o in r.objects]
+    found = [o.name for r in host.stub.List(pb.ListRequest(), timeout=20) for o in r.objects]
     assert found == [name(number) for number in range(3)]
     going_on = threading.Event()
     host.store.list = lambda prefix: iter(lambda: going_on.wait(5), True)
-    error = refused(lambda: list(host.stub.List(pb.ListRequest(), timeout=5)))
+    error = refused(lambda: list(host.stub.List(pb.ListRequest(), timeout=20)))
     assert type(error) is BackendTimeout
     going_on.set()
     host.close()
@@ -423,11 +423,11 @@ def test_options_that_cannot_be_are_refused(options):
 def test_a_call_without_a_deadline_ends_all_the_same():
     host = Host(max_call_seconds=0.5)
     forever = threading.Event()
-    host.store.hook = lambda operation, names: forever.wait(5)
+    host.store.hook = lambda operation, names: forever.wait(30)
     started = time.monotonic()
     answer = host.stub.Exists(pb.ExistsRequest(names=[name(1)]))
     assert list(answer.exists) == [False]
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 10
     forever.set()
     host.close()
 
@@ -436,13 +436,13 @@ def test_a_store_that_hangs_is_not_asked_again_until_it_answers():
     host = Host(breaker_failures=2, breaker_cooldown_seconds=0.1, io_threads=1)
     put(host, {name(1): b"x"})
     going_on = threading.Event()
-    host.store.hook = lambda operation, names: going_on.wait(10)
+    host.store.hook = lambda operation, names: going_on.wait(60)
     stat = pb.StatRequest(name=name(1))
     assert type(refused(lambda: host.stub.Stat(stat, timeout=0.4))) is BackendTimeout
     assert host.pages.stats()["reads_refused"] == 1
     started = time.monotonic()
-    assert type(refused(lambda: host.stub.Stat(stat, timeout=5))) is BackendError
-    assert time.monotonic() - started < 1
+    assert type(refused(lambda: host.stub.Stat(stat, timeout=30))) is BackendError
+    assert time.monotonic() - started < 10
     going_on.set()
     deadline = time.monotonic() + 5
     while host.pages.stats()["reads_refused"]:

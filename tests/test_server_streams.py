@@ -186,7 +186,7 @@ def test_an_object_in_memory_is_held_until_its_last_part_is_sent(make):
     assert store.lent == []
 
 
-@pytest.mark.parametrize(("seconds", "pause", "ahead"), [(0.05, 0.0, 1), (0.0, 0.3, 0)])
+@pytest.mark.parametrize(("seconds", "pause", "ahead"), [(0.2, 0.0, 1), (0.0, 0.8, 0)])
 def test_a_slow_store_is_read_ahead_and_a_quick_one_is_not(make, seconds, pause, ahead):
     size = 4 * MIB
     store = Store(seconds)

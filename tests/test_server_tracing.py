@@ -177,9 +177,9 @@ class TestSpans:
     def test_calls_at_a_time_keep_to_themselves(self, host):
         host.store.objects[name(1)] = b"x" * 1000
         meet = threading.Barrier(2)
-        host.store.hook = lambda operation, names: meet.wait(5)
+        host.store.hook = lambda operation, names: meet.wait(20)
         request = pb.ExistsRequest(names=[name(1)])
-        other = host.stub.Exists.future(request, timeout=5)
+        other = host.stub.Exists.future(request, timeout=20)
         get(host, name(1))
         other.result()
         assert set(host.call("Exists")[1]) == {"wait", "store.exists"}

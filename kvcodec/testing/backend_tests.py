@@ -335,7 +335,7 @@ class BackendTests(ArgumentTests, LendingTests):
             assert backend.exists([there], timeout_seconds=0) == [False]
             assert backend.delete([there], timeout_seconds=0) == [False]
             assert raised(lambda: backend.stat(there, timeout_seconds=0), BackendTimeout)
-            assert time.monotonic() - started < 1.0
+            assert time.monotonic() - started < 3.0
             # What was late was not done behind the caller's back either.
             assert self.exists(backend, [there, new]) == [True, False]
 
@@ -348,16 +348,16 @@ class BackendTests(ArgumentTests, LendingTests):
                 skip("this store cannot be made to hang")
                 return
             calls: list[Callable[[], object]] = [
-                partial(backend.put, [new] * 3, [memoryview(b"data")] * 3, timeout_seconds=0.5),
-                partial(backend.get_into, [there] * 3, new_buffers(3), timeout_seconds=0.5),
-                partial(backend.exists, [there] * 3, timeout_seconds=0.5),
-                partial(backend.delete, [there] * 3, timeout_seconds=0.5),
+                partial(backend.put, [new] * 8, [memoryview(b"data")] * 8, timeout_seconds=0.5),
+                partial(backend.get_into, [there] * 8, new_buffers(8), timeout_seconds=0.5),
+                partial(backend.exists, [there] * 8, timeout_seconds=0.5),
+                partial(backend.delete, [there] * 8, timeout_seconds=0.5),
             ]
             with stalled:
                 for call in calls:
                     started = time.monotonic()
                     answers = call()
-                    assert time.monotonic() - started < 1.5, call
+                    assert time.monotonic() - started < 3.0, call
                     assert isinstance(answers, list)
                     for answer in answers:
                         assert answer is False or isinstance(answer, BackendTimeout), call
