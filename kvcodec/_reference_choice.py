@@ -29,7 +29,8 @@ Float32 = npt.NDArray[np.float32]
 EMPTY = 127  #: the scale of a group without elements in the stream
 _NO_ENERGY = -252
 _SHARPEST = 62
-_LARGEST_DEVIATION = np.float32(124.25)
+_OCTAVE = 4
+_LARGEST_NUMBER = np.float32(64 * 124.25)
 _LARGEST_MEAN = np.float32(2000)
 
 # 2^(i/16), the nearest numbers of binary32.
@@ -64,6 +65,17 @@ class Steps:
     def classes(self, scales: Integers) -> Integers:
         """The class of a group's elements."""
         return np.clip((self.sharpness(scales) + 2 >> 2) + 10, 0, 32)
+
+    def gains(self, scales: Integers) -> Float32:
+        """What a half step is in the search: 64, and what makes up for its leaning to zero."""
+        return (64 + np.maximum(17 - self.classes(scales) >> 1, 0)).astype(np.float32)
+
+    def levelled(self, exponents: Integers, reference: Integers) -> Integers:
+        """Within an octave of the reference a token's step follows it half of the way."""
+        if self.per_channel:
+            return exponents
+        x = exponents - reference
+        return np.where(x < -_OCTAVE, exponents, exponents - (np.minimum(x, _OCTAVE) >> 1))
 
 
 @dataclass(frozen=True)
@@ -187,12 +199,12 @@ def choose_reference(found: Statistics, groups: Groups) -> Integers:
 def choose_scales(found: Statistics, reference: Integers, steps: Steps) -> Integers:
     """Step 6: s of each group."""
     r = reference[:, None]
-    exponent = np.maximum(found.exponent, r - 126)
+    exponent = np.maximum(steps.levelled(found.exponent, r), r - 126)
     while True:
         inverse = power(16 - steps.exponent(r, r - exponent))
-        fails = (found.largest * inverse > _LARGEST_DEVIATION) | (
-            found.top * inverse > _LARGEST_MEAN
-        )
+        factor = inverse * steps.gains(r - exponent)
+        fails = found.largest * factor > _LARGEST_NUMBER
+        fails |= found.top * inverse > _LARGEST_MEAN
         fails &= ~found.empty
         if not fails.any():
             break

@@ -166,8 +166,10 @@ def _quantize(
     inverse = power(16 - steps.exponent(reference[:, None], scales))[:, groups.group]
     means = np.rint(found.mean * inverse)
     means[(scales == EMPTY)[:, groups.group]] = 0
-    half_steps = (sequences * inverse[..., None]).astype(np.float64)  # nothing more is rounded
-    numbers = np.rint(64 * (half_steps - means[..., None])).astype(np.int64)
+    gains = steps.gains(scales)[:, groups.group]
+    products = sequences * (inverse * gains)[..., None]
+    # In binary64 nothing is rounded before the end.
+    numbers = np.rint(products.astype(np.float64) - (gains * means)[..., None]).astype(np.int64)
     length = sequences.shape[-1]
     numbers[(scales == EMPTY)[:, groups.group]] = 0
     per_class = np.stack([path_costs(index) for index in range(33)])

@@ -230,10 +230,15 @@ def naive_numbers(
         reference = min(max((2 * total + weight) // (2 * weight), -160), 95)
     scales, means = [], []
     for group in groups:
-        e = max(group.exponent, reference - 126)
+        e = group.exponent
+        if not codec.per_channel and e >= reference - 4:
+            e -= min(e - reference, 4) // 2
+        e = max(e, reference - 126)
         while True:
-            inverse = power(16 - step_of(codec, reference, reference - e)[0])
-            if group.largest * inverse <= F32(124.25) and group.top * inverse <= F32(2000):
+            d, found = step_of(codec, reference, reference - e)
+            inverse = power(16 - d)
+            factor = inverse * F32(64 + max(0, (17 - found) // 2))
+            if group.largest * factor <= F32(7952) and group.top * inverse <= F32(2000):
                 break
             e += 1
         scales.append(127 if group.empty else reference - e)
@@ -331,6 +336,20 @@ def test_encoder_chooses_as_the_document_says(section: tuple[Bits, DType, EcqCod
     }
     wanted = [by_channel[c] for c in range(values.shape[1])] if codec.per_channel else []
     assert stored_numbers(stored, rows.shape, codec) == (reference, scales, wanted)
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("bits", [2, 2.5, 3, 4])
+def test_what_is_decoded_is_as_large_as_what_was_encoded(bits: float, per_channel: bool):
+    """Products of both add up to the squares: neither logits nor values shrink with the bits."""
+    random = np.random.default_rng(int(10 * bits))
+    values = random.standard_normal((1, 256, 128)) + 10 * per_channel
+    rows = rows_of(values, DType.BF16)
+    codec = EcqCodec(int(16 * bits), per_channel)
+    found = decode_ecq(encode_ecq(rows, DType.BF16, codec), rows.shape, DType.BF16, codec)
+    x, y = (to_float32(each, DType.BF16).astype(float) for each in (rows, found))
+    x, y = x - x.mean(axis=1, keepdims=True), y - y.mean(axis=1, keepdims=True)
+    assert 0.96 < (x * y).sum() / np.square(x).sum() < 1.015
 
 
 # --- the trellis

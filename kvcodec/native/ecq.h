@@ -102,6 +102,8 @@ struct EcqScale {
     return static_cast<uint32_t>(c < 0 ? 0 : c);
   }
 
+  bool per_token() const { return weight == 1; }
+
   // d of the format: the step is 2^(d/16).
   int32_t step_of(int32_t s) const { return 4 * (reference - s) - sharpness_of(s); }
 };

@@ -4,10 +4,21 @@
 
 struct ChosenScales {
   __m512i scale;
-  __m512 inverse;
+  __m512 inverse;  // to half steps
+  __m512 gain;
   __m512i coding;  // offset of the table of family 0, shift << 24
   __m512i path;
 };
+
+// levelled() of sixteen exponents.
+KVC_INLINE __m512i levelled_sixteen(__m512i exponent, __m512i reference) {
+  const __m512i octave = _mm512_set1_epi32(kOctave);
+  const __m512i x = _mm512_sub_epi32(exponent, reference);
+  const __mmask16 near = _mm512_cmpge_epi32_mask(_mm512_add_epi32(x, octave),
+                                                 _mm512_setzero_si512());
+  const __m512i half = _mm512_srai_epi32(_mm512_min_epi32(x, octave), 1);
+  return _mm512_mask_sub_epi32(exponent, near, exponent, half);
+}
 
 // Sixteen groups: EcqGroups::scale(), and what follows from it.
 KVC_INLINE ChosenScales choose_sixteen(const EcqGroups& groups, uint32_t group, uint32_t count,
@@ -18,17 +29,19 @@ KVC_INLINE ChosenScales choose_sixteen(const EcqGroups& groups, uint32_t group, 
   const __mmask16 empty = _mm512_cmp_ps_mask(largest, _mm512_setzero_ps(), _CMP_EQ_OQ) &
                           _mm512_cmp_ps_mask(top, _mm512_setzero_ps(), _CMP_EQ_OQ);
   const __m512i r = _mm512_set1_epi32(steps.reference);
-  const __m512i e = _mm512_max_epi32(_mm512_maskz_loadu_epi32(there, groups.exponent + group),
-                                     _mm512_sub_epi32(r, _mm512_set1_epi32(126)));
+  const __m512i zero = _mm512_setzero_si512();
+  __m512i e = _mm512_maskz_loadu_epi32(there, groups.exponent + group);
+  if (steps.per_token()) e = levelled_sixteen(e, r);
+  e = _mm512_max_epi32(e, _mm512_sub_epi32(r, _mm512_set1_epi32(126)));
   const __m512 sixteenths = _mm512_loadu_ps(kSixteenths);
   ChosenScales chosen;
   chosen.scale = _mm512_mask_mov_epi32(_mm512_sub_epi32(r, e), empty,
                                        _mm512_set1_epi32(kEmptyGroup));
-  __m512i t;
+  __m512i c;
   for (;;) {
     const __m512i weighed =
         _mm512_mullo_epi32(chosen.scale, _mm512_set1_epi32(steps.weight));
-    t = _mm512_min_epi32(
+    const __m512i t = _mm512_min_epi32(
         _mm512_sub_epi32(_mm512_set1_epi32(-steps.nominal), weighed), _mm512_set1_epi32(62));
     const __m512i d =
         _mm512_sub_epi32(_mm512_slli_epi32(_mm512_sub_epi32(r, chosen.scale), 2), t);
@@ -36,9 +49,14 @@ KVC_INLINE ChosenScales choose_sixteen(const EcqGroups& groups, uint32_t group, 
     const __m512i octaves = _mm512_slli_epi32(_mm512_srai_epi32(i, 4), 23);
     chosen.inverse = _mm512_castsi512_ps(_mm512_add_epi32(
         _mm512_castps_si512(_mm512_permutexvar_ps(i, sixteenths)), octaves));
+    c = _mm512_srai_epi32(_mm512_add_epi32(t, _mm512_set1_epi32(2)), 2);
+    c = _mm512_max_epi32(_mm512_add_epi32(c, _mm512_set1_epi32(10)), zero);
+    const __m512i more = _mm512_srai_epi32(_mm512_sub_epi32(_mm512_set1_epi32(17), c), 1);
+    chosen.gain = _mm512_cvtepi32_ps(
+        _mm512_add_epi32(_mm512_max_epi32(more, zero), _mm512_set1_epi32(64)));
     const __mmask16 fails =
-        _mm512_cmp_ps_mask(_mm512_mul_ps(largest, chosen.inverse),
-                           _mm512_set1_ps(kLargestDeviation), _CMP_NLE_UQ) |
+        _mm512_cmp_ps_mask(_mm512_mul_ps(largest, _mm512_mul_ps(chosen.inverse, chosen.gain)),
+                           _mm512_set1_ps(kLargestNumber), _CMP_NLE_UQ) |
         _mm512_cmp_ps_mask(_mm512_mul_ps(top, chosen.inverse), _mm512_set1_ps(kLargestMean),
                            _CMP_NLE_UQ);
     const __mmask16 coarser = fails & static_cast<__mmask16>(~empty);
@@ -46,11 +64,6 @@ KVC_INLINE ChosenScales choose_sixteen(const EcqGroups& groups, uint32_t group, 
     chosen.scale =
         _mm512_mask_sub_epi32(chosen.scale, coarser, chosen.scale, _mm512_set1_epi32(1));
   }
-  const __m512i zero = _mm512_setzero_si512();
-  const __m512i c = _mm512_max_epi32(
-      _mm512_add_epi32(_mm512_srai_epi32(_mm512_add_epi32(t, _mm512_set1_epi32(2)), 2),
-                       _mm512_set1_epi32(10)),
-      zero);
   const __m512i shift = _mm512_max_epi32(
       _mm512_srai_epi32(_mm512_sub_epi32(c, _mm512_set1_epi32(13)), 2), zero);
   const __m512i table = _mm512_sub_epi32(c, _mm512_slli_epi32(shift, 2));
@@ -75,35 +88,42 @@ struct TilePlan {
   uint32_t steps_of[kTileChannels + 1];
 };
 
+// Of each group: what makes numbers from elements.
+struct GroupFactors {
+  alignas(64) float inverse[kTileChannels];
+  alignas(64) float gain[kTileChannels];
+};
+
 // Sixteen lines from `line` on, of groups from `group` on: their factors, offsets and means.
 inline void plan_sixteen(EncoderScratch& scratch, const WrittenTile& written, uint32_t line,
-                         uint32_t group, const float* inverse, float bias, int16_t* means) {
+                         uint32_t group, const GroupFactors& factors, float bias,
+                         int16_t* means) {
   const __m512i scale = _mm512_cvtepi16_epi32(
       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(written.scale + group)));
   const __mmask16 full = _mm512_cmpneq_epi32_mask(scale, _mm512_set1_epi32(kEmptyGroup));
-  const __m512 factor = _mm512_loadu_ps(inverse + group);
+  const __m512 inverse = _mm512_loadu_ps(factors.inverse + group);
+  const __m512 gain = _mm512_loadu_ps(factors.gain + group);
   const __m512i mean = _mm512_maskz_cvtps_epi32(
-      full, _mm512_mul_ps(_mm512_loadu_ps(scratch.average + line), factor));
-  _mm512_storeu_ps(scratch.factor + line, _mm512_mul_ps(factor, _mm512_set1_ps(64.0f)));
-  const __m512 numbers =
-      _mm512_mul_ps(_mm512_cvtepi32_ps(mean), _mm512_set1_ps(64.0f));
+      full, _mm512_mul_ps(_mm512_loadu_ps(scratch.average + line), inverse));
+  _mm512_storeu_ps(scratch.factor + line, _mm512_mul_ps(inverse, gain));
+  const __m512 numbers = _mm512_mul_ps(_mm512_cvtepi32_ps(mean), gain);
   _mm512_storeu_ps(scratch.offset + line, _mm512_sub_ps(_mm512_set1_ps(bias), numbers));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(means + line), _mm512_cvtepi32_epi16(mean));
 }
 
 // Factors, offsets and means of all lines.
-inline void plan_lines(const VectorEncoder& encoder, const Tile& tile, const float* inverse,
-                       float bias, WrittenTile& written) {
+inline void plan_lines(const VectorEncoder& encoder, const Tile& tile,
+                       const GroupFactors& factors, float bias, WrittenTile& written) {
   const uint32_t pairs = encoder.pairs();
   const uint32_t lines = encoder.lines(tile);
   int16_t means[kTileChannels + 32];
   // What is written behind the last line of one part is overwritten by the next.
   for (uint32_t i = 0; i < pairs; i += 16)
-    plan_sixteen(encoder.scratch, written, i, i, inverse, bias, means);
+    plan_sixteen(encoder.scratch, written, i, i, factors, bias, means);
   for (uint32_t i = 0; i < pairs; i += 16)
-    plan_sixteen(encoder.scratch, written, pairs + i, i, inverse, bias, means);
+    plan_sixteen(encoder.scratch, written, pairs + i, i, factors, bias, means);
   for (uint32_t i = 2 * pairs; i < lines; i += 16)
-    plan_sixteen(encoder.scratch, written, i, i - pairs, inverse, bias, means);
+    plan_sixteen(encoder.scratch, written, i, i - pairs, factors, bias, means);
   if (pairs == 0 || encoder.rotary->interleaved == 0) {
     memcpy(written.mean, means, lines * sizeof(int16_t));
     return;
@@ -152,20 +172,21 @@ inline void plan_tile(VectorEncoder& encoder, const Tile& tile, const EcqScale& 
                       uint32_t parity, TilePlan& plan, WrittenTile& written,
                       TrellisPair& trellis) {
   const uint32_t groups = encoder.groups(tile);
-  alignas(64) float inverse[kTileChannels];
+  GroupFactors factors;
   __m512i codings = _mm512_setzero_si512();
   for (uint32_t g = 0; g < groups; g += 16) {
     const ChosenScales chosen = choose_sixteen(encoder.scratch.groups, g, groups - g, scales);
     _mm256_store_si256(reinterpret_cast<__m256i*>(written.scale + g),
                        _mm512_cvtepi32_epi16(chosen.scale));
-    _mm512_store_ps(inverse + g, chosen.inverse);
+    _mm512_store_ps(factors.inverse + g, chosen.inverse);
+    _mm512_store_ps(factors.gain + g, chosen.gain);
     _mm512_store_si512(plan.coding + g, chosen.coding);
     codings = _mm512_or_si512(codings, chosen.coding);
     _mm_store_si128(reinterpret_cast<__m128i*>(plan.path + g), _mm512_cvtepi32_epi8(chosen.path));
   }
   written.shifted = _mm512_test_epi32_mask(codings, _mm512_set1_epi32(0xFF << 24)) != 0;
   plan.steps_of[kTileChannels] = ~0u;
-  plan_lines(encoder, tile, inverse, trellis_bias(parity), written);
+  plan_lines(encoder, tile, factors, trellis_bias(parity), written);
   plan_steps(encoder, tile, parity, plan, written, trellis);
 }
 

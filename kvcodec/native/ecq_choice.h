@@ -1,5 +1,5 @@
 // What the encoders of kind ecq decide before the trellis, on every instruction set: scales of
-// groups and classes of sequences. proto/FORMAT.md 3.9. Every operation on numbers is one of
+// groups and classes of sequences. proto/FORMAT.md 3.10. Every operation on numbers is one of
 // binary32.
 #pragma once
 
@@ -10,11 +10,26 @@ namespace {
 
 constexpr uint32_t kDomainEndEcq = 0x4F000000;  // 2^31; infinities and NaNs lie above
 constexpr int32_t kNoEnergy = -252;
-constexpr float kLargestDeviation = 124.25f;
+constexpr float kLargestNumber = 64 * 124.25f;  // 64ths of half steps
 constexpr float kLargestMean = 2000.0f;
 constexpr uint32_t kEscapeLength = 2048;  // an escape's byte in 1/256 bit
 // Elements of how many steps decide about the family: every eighth of a tile.
 constexpr uint32_t kFamilySteps = 8;
+
+// 64ths of a half step, and what makes up for a search that prefers what is short, and so leans to
+// zero: the fewer steps there are in a deviation, the more.
+inline int32_t gain_of(uint32_t element_class) {
+  const int32_t more = (17 - static_cast<int32_t>(element_class)) >> 1;
+  return 64 + (more > 0 ? more : 0);
+}
+
+constexpr int32_t kOctave = 4;  // in exponents of groups
+
+// The exponent that a token's step follows: within an octave of the reference half of the way.
+inline int32_t levelled(int32_t exponent, int32_t reference) {
+  const int32_t x = exponent - reference;
+  return x < -kOctave ? exponent : exponent - ((x < kOctave ? x : kOctave) >> 1);
+}
 
 // Every so many tokens of a tile decide about derotation: of a whole one a quarter is enough.
 inline uint32_t derotation_step(const Tile& tile) { return tile.tokens == kTileTokens ? 4 : 1; }
@@ -87,11 +102,14 @@ struct EcqGroups {
   int32_t scale(uint32_t group, const EcqScale& steps) const {
     if (empty(group)) return kEmptyGroup;
     const int32_t floor = steps.reference - 126;
-    int32_t e = exponent[group] > floor ? exponent[group] : floor;
-    for (;; ++e) {
-      const float inverse = power_of_sixteenths(16 - steps.step_of(steps.reference - e));
-      if (largest[group] * inverse <= kLargestDeviation && top[group] * inverse <= kLargestMean)
-        return steps.reference - e;
+    int32_t e = exponent[group];
+    if (steps.per_token()) e = levelled(e, steps.reference);
+    for (e = e > floor ? e : floor;; ++e) {
+      const int32_t s = steps.reference - e;
+      const float inverse = power_of_sixteenths(16 - steps.step_of(s));
+      const float factor = inverse * static_cast<float>(gain_of(steps.class_of(s)));
+      if (largest[group] * factor <= kLargestNumber && top[group] * inverse <= kLargestMean)
+        return s;
     }
   }
 };

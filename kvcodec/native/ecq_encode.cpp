@@ -158,6 +158,8 @@ void quantize_tile(const EcqEncoder& encoder, const Tile& tile, const EcqScale& 
     work.mean_steps[line] = 0;
     if (s == kEmptyGroup) continue;
     const float inverse = power_of_sixteenths(16 - steps.step_of(s));
+    const float gain = static_cast<float>(gain_of(steps.class_of(s)));
+    const float factor = inverse * gain;
     const float mean = std::nearbyintf(work.mean[line] * inverse);
     work.mean_steps[line] = static_cast<int32_t>(mean);
     for (uint32_t at = 0; at < elements; at += kStreamLanes) {
@@ -167,8 +169,8 @@ void quantize_tile(const EcqEncoder& encoder, const Tile& tile, const EcqScale& 
       work.step_lanes[step] = static_cast<uint8_t>(count);
       for (uint32_t lane = 0; lane < count; ++lane) {
         // In binary64 nothing is rounded before the end.
-        const double half_steps = encoder.line(line)[at + lane] * inverse;
-        work.step[step][lane] = static_cast<int16_t>(std::nearbyint(64 * (half_steps - mean)));
+        const double number = encoder.line(line)[at + lane] * factor;
+        work.step[step][lane] = static_cast<int16_t>(std::nearbyint(number - gain * mean));
       }
     }
   }
