@@ -249,7 +249,7 @@ def test_usage_stays_at_the_quota_under_tenfold_overcommit(root: Path):
             )
             assert results == [None] * 4
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     writers = [threading.Thread(target=write, args=(number,)) for number in range(4)]
     for thread in writers:

@@ -242,7 +242,7 @@ def test_a_call_without_its_request_is_told_so(host):
 
 def flooded(target: str, kind: str, streams: int) -> dict[str, int]:
     """What became of streams that another process has opened."""
-    arguments = [target, kind, str(streams), "8", "3000", "0.3"]
+    arguments = [target, kind, str(streams), "8", "3000", "2"]
     run = subprocess.run(
         [sys.executable, http2_flood.__file__, *arguments],
         check=True,
@@ -277,7 +277,7 @@ def test_thousands_of_streams_are_refused_and_others_are_served(tmp_path):
         writer = open_backend(urls[0])
         assert writer.put([NAME], [memoryview(data)], timeout_seconds=5) == [None]
         memory, _ = held_by(sidecar.pid)
-        readers = [threading.Thread(target=read, args=(url,)) for url in urls]
+        readers = [threading.Thread(target=read, args=(url,), daemon=True) for url in urls]
         for reader in readers:
             reader.start()
         for kind in ("silent_put", "silent_call", "silent_health", "unread_get"):

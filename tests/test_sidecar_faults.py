@@ -238,7 +238,7 @@ def test_a_sidecar_may_be_restarted_again_and_again(tmp_path, door):
             while not ending.wait(0.01):
                 backend.exists([there], timeout_seconds=2)
 
-        asking = [threading.Thread(target=ask) for _ in range(4)]
+        asking = [threading.Thread(target=ask, daemon=True) for _ in range(4)]
         for thread in asking:
             thread.start()
         for _ in range(RESTARTS):
