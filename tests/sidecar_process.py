@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import grpc
@@ -19,7 +19,7 @@ from real_server import RealServer, free_port, need
 from kvcodec_proto.v1 import service_pb2 as pb
 from kvcodec_proto.v1 import service_pb2_grpc as pb_grpc
 
-__all__ = ["Authority", "SidecarProcess", "exists", "health_of", "is_open", "until"]
+__all__ = ["Authority", "SidecarProcess", "exists", "health_of", "is_open"]
 
 KVCODEC = [sys.executable, "-c", "import sys; from kvcodec.cli import main; sys.exit(main())"]
 NAME = f"{'a' * 32}/{'b' * 64}"
@@ -94,14 +94,6 @@ class SidecarProcess(RealServer):
         """The exit code, once it has ended."""
         assert self._process is not None
         return self._process.wait(seconds)
-
-
-def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
-    """Wait until it is true."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never became true"
-        time.sleep(0.02)
 
 
 def health_of(channel: grpc.Channel, service: str = "") -> str:

@@ -20,7 +20,8 @@ import pytest
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
-from sidecar_process import KVCODEC, NAME, SidecarProcess, exists, health_of, until
+from sidecar_process import KVCODEC, NAME, SidecarProcess, exists, health_of
+from waiting import wait_until
 
 from kvcodec.backend import open_backend
 from kvcodec.errors import BackendReadOnly
@@ -65,7 +66,7 @@ def call_under_way(sidecar, seconds):
 
     thread = threading.Thread(target=call)
     thread.start()
-    until(lambda: sidecar.metric("kvcodec_calls_in_progress") == 1)
+    wait_until(lambda: sidecar.metric("kvcodec_calls_in_progress") == 1)
     yield codes
     thread.join()
 
@@ -96,7 +97,7 @@ class TestServing:
         store = open_backend(f"sidecar+unix://{sidecar.socket}")
         try:
             # The first call may come before the session is there.
-            until(lambda: store.put([NAME], [page], timeout_seconds=5) == [None])
+            wait_until(lambda: store.put([NAME], [page], timeout_seconds=5) == [None])
             buffer = memoryview(bytearray(len(page)))
             assert store.get_into([NAME], [buffer], timeout_seconds=5) == [len(page)]
             assert buffer == page
@@ -127,7 +128,7 @@ class TestServing:
         assert sidecar.get("/")[0] == 404
 
     def test_store_is_probed(self, sidecar):
-        until(lambda: sidecar.metric("kvcodec_store_up") == 1)
+        wait_until(lambda: sidecar.metric("kvcodec_store_up") == 1)
         assert 0 < sidecar.metric("kvcodec_store_probe_seconds") < 5
 
     def test_log_is_json_and_begins_with_what_is_served(self, sidecar):
@@ -203,7 +204,7 @@ class TestOtherSettings:
             page = [memoryview(b"page")] * 2
             served = f"{'c' * 32}/{'d' * 64}"
             try:
-                until(lambda: store.put([served], page[:1], timeout_seconds=5) == [None])
+                wait_until(lambda: store.put([served], page[:1], timeout_seconds=5) == [None])
                 answers = store.put([NAME, served], page, timeout_seconds=5)
                 assert isinstance(answers[0], BackendReadOnly) and answers[1] is None
                 assert store.exists([NAME, served], timeout_seconds=5) == [False, True]
@@ -278,7 +279,7 @@ class TestEnd:
             assert health_of(channel) == "SERVING"
             with call_under_way(sidecar, 2.0) as codes:
                 sidecar.signal(signal.SIGTERM)
-                until(lambda: health_of(channel) == "NOT_SERVING")
+                wait_until(lambda: health_of(channel) == "NOT_SERVING")
                 status, text = sidecar.get("/readyz")
                 assert status == 503 and json.loads(text)["status"] == "draining"
                 assert sidecar.get("/healthz")[0] == 200
@@ -310,7 +311,7 @@ class TestEnd:
             call_under_way(sidecar, 30.0),
         ):
             sidecar.signal(signal.SIGTERM)
-            until(lambda: "draining" in sidecar.messages())
+            wait_until(lambda: "draining" in sidecar.messages())
             sidecar.signal(signal.SIGTERM)
             assert sidecar.wait(30) == 128 + signal.SIGTERM
 
@@ -346,7 +347,7 @@ class TestStoreAway:
     def test_sidecar_without_its_store_is_ready_and_says_what_is_wrong(self, tmp_path):
         settings = {"store.url": "redis://127.0.0.1:1", "health.probe_seconds": "0.2"}
         with SidecarProcess(tmp_path, settings) as sidecar:
-            until(lambda: "write" in sidecar.get("/readyz")[1])
+            wait_until(lambda: "write" in sidecar.get("/readyz")[1])
             status, text = sidecar.get("/readyz")
             assert status == 200
             assert json.loads(text)["store"] == {"write": "error", "read": "error"}
@@ -357,7 +358,7 @@ class TestStoreAway:
             for _ in range(4):
                 store.get_into([NAME], [memoryview(bytearray(64))], timeout_seconds=2)
             store.close()
-            until(lambda: sidecar.metric('kvcodec_circuit_state{circuit="reads"}') == 1)
+            wait_until(lambda: sidecar.metric('kvcodec_circuit_state{circuit="reads"}') == 1)
 
 
 class TestReload:
@@ -381,7 +382,7 @@ class TestReload:
             def reload(text, message):
                 path.write_text(text)
                 sidecar.signal(signal.SIGHUP)
-                until(lambda: message in sidecar.messages())
+                wait_until(lambda: message in sidecar.messages())
 
             assert objects_allowed(2) and not objects_allowed(3)
             reload("limits: {max_objects: 3}\nlisten: {reflection: false}\n", "reloaded: limits")

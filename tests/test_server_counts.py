@@ -7,9 +7,9 @@ import time
 
 import grpc
 import pytest
-from sidecar_process import until
 from test_server_metrics import metrics_of, series, value
 from test_server_service import CASES, Host, get, name, put, raw_request
+from waiting import wait_until
 
 from kvcodec.backend import open_backend
 from kvcodec.format import EncodedPage
@@ -92,7 +92,7 @@ def test_a_damaged_page_is_removed_and_counted(watched):
     host.store.objects[stored] = bytes(damaged)
     ((outcome, _),) = get(host, "key", capacity=len(RAW), raw=raw_request(CASE))
     assert outcome.status == pb.STATUS_CORRUPT_PAGE
-    until(lambda: host.value("kvcodec_removed_pages_total", reason="corrupt_page") == 1)
+    wait_until(lambda: host.value("kvcodec_removed_pages_total", reason="corrupt_page") == 1)
     assert host.store.objects == {}
     assert host.value("kvcodec_codec_seconds_count", op="decode", codec="none") == 1
 
@@ -128,8 +128,8 @@ def test_pages_wait_for_a_thread_and_then_for_the_store(watched):
     threads = [threading.Thread(target=ask, args=(host, count, 20)) for count in (3, 4)]
     for thread in threads:
         thread.start()
-        until(lambda: host.value("kvcodec_queue_pages", state="asked"))
-    until(lambda: host.value("kvcodec_queue_pages", state="waiting"))
+        wait_until(lambda: host.value("kvcodec_queue_pages", state="asked"))
+    wait_until(lambda: host.value("kvcodec_queue_pages", state="waiting"))
     assert {host.value("kvcodec_queue_pages", state=s) for s in ("waiting", "asked")} == {3, 4}
     going_on.set()
     for thread in threads:
@@ -146,7 +146,7 @@ def test_pages_for_which_no_thread_came_free_were_dropped(watched):
     ask(host, 1, 1.0)
     ask(host, 5, 0.2)
     going_on.set()
-    until(lambda: host.dropped("exists", "thread") == 5)
+    wait_until(lambda: host.dropped("exists", "thread") == 5)
 
 
 def test_pages_that_find_the_queue_full_were_dropped(watched, monkeypatch):

@@ -16,7 +16,8 @@ import http2_flood
 import pytest
 from fake_backend import FakeBackend
 from faulty_proxy import FaultyProxy
-from sidecar_process import SidecarProcess, health_of, until
+from sidecar_process import SidecarProcess, health_of
+from waiting import wait_until
 
 from kvcodec.backend import open_backend
 from kvcodec.errors import BackendTimeout
@@ -182,7 +183,7 @@ def test_calls_that_never_go_on_hold_nobody_up(kind):
         assert seen["RESOURCE_EXHAUSTED"]
         for link in floods:
             link.socket.close()
-        until(lambda: not host.pages.stats()["calls"])
+        wait_until(lambda: not host.pages.stats()["calls"])
 
 
 def test_one_connection_may_have_an_eighth_of_the_threads():
@@ -351,7 +352,7 @@ def test_only_who_waits_while_the_process_grows_is_ended(monkeypatch, waited, gr
     assert not receiving.waiting
     reader = threading.Thread(target=lambda: list(messages))
     reader.start()
-    until(lambda: receiving.waiting)
+    wait_until(lambda: receiving.waiting)
     monkeypatch.setattr(_receiving, "_PATIENCE_SECONDS", -1.0 if waited else 9.0)
     own_bytes = _receiving._watcher.own_bytes
     receiving.end_those_that_swell(own_bytes + grown * (1 << 30))
@@ -363,10 +364,10 @@ def test_only_who_waits_while_the_process_grows_is_ended(monkeypatch, waited, gr
 
 def test_a_call_is_ended_when_its_deadline_has_passed_and_not_before():
     deadlines, left = _receiving.Deadlines(), threading.Event()
-    with deadlines.until(time.monotonic() + 60, left.set):
+    with deadlines.wait_until(time.monotonic() + 60, left.set):
         deadlines.end_those_that_are_late()
         assert not left.is_set()
-    with deadlines.until(time.monotonic() - 1, left.set):
+    with deadlines.wait_until(time.monotonic() - 1, left.set):
         assert left.wait(10)  # the thread that looks at them all has come by
     left.clear()
     deadlines.end_those_that_are_late()
@@ -390,13 +391,13 @@ def test_a_client_that_vanished_leaves_nothing_behind(impatient, kind):
         host.store.objects[NAME] = os.urandom(1 << 20)
         held = links(proxy.port, kind, 4)
         pool = host.server._state.rpc_states  # type: ignore[attr-defined]
-        until(lambda: len(pool) == 4)
+        wait_until(lambda: len(pool) == 4)
         assert not held[0].seen
         proxy.rate = 0
-        until(lambda: not pool)
-        until(lambda: not host.pages.stats()["calls"])
+        wait_until(lambda: not pool)
+        wait_until(lambda: not host.pages.stats()["calls"])
         buffers = host.pages._servicer.calls.pipeline.buffers
-        until(lambda: buffers.allocated_bytes == sum(map(len, buffers._free)))
+        wait_until(lambda: buffers.allocated_bytes == sum(map(len, buffers._free)))
 
 
 def test_who_does_not_speak_http2_is_left(impatient):
@@ -417,7 +418,7 @@ def test_a_listener_takes_so_many_connections(monkeypatch):
             exists(host.port, 1.0)
         assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
         held[0].socket.close()
-        until(lambda: not time.sleep(0.05) and len(host.server._state.rpc_states) == 2)
+        wait_until(lambda: not time.sleep(0.05) and len(host.server._state.rpc_states) == 2)
         exists(host.port)
 
 

@@ -9,7 +9,8 @@ from urllib.parse import quote
 
 import pytest
 from server_redis import RedisServer
-from sidecar_process import SidecarProcess, until
+from sidecar_process import SidecarProcess
+from waiting import wait_until
 
 from kvcodec.backend import open_backend
 from kvcodec.errors import BackendError, BackendFull, BackendReadOnly, ConfigError
@@ -123,16 +124,16 @@ class TestStoreBehindMemory:
                 "health.probe_seconds": "0.2",
             }
             with SidecarProcess(tmp_path, settings) as sidecar:
-                until(lambda: sidecar.metric("kvcodec_store_up") == 1)
+                wait_until(lambda: sidecar.metric("kvcodec_store_up") == 1)
                 assert redis.cli("dbsize").strip() == b"0"
                 lookups = 'kvcodec_tier_lookups_total{result="hit"}'
                 redis.stop()
-                until(lambda: "kvcodec_store_up 0" in sidecar.get("/metrics")[1])
+                wait_until(lambda: "kvcodec_store_up 0" in sidecar.get("/metrics")[1])
                 assert sidecar.metric(lookups) == 0
                 steps = json.loads(sidecar.get("/readyz")[1])["store"]
                 assert {"write", "read"} <= set(steps)  # what is not there need not go
                 redis.start()
-                until(lambda: sidecar.metric("kvcodec_store_up") == 1)
+                wait_until(lambda: sidecar.metric("kvcodec_store_up") == 1)
 
     def test_page_that_cannot_be_read_back_is_noticed(self, store, monkeypatch):
         broken = Strange(store, get_into=lambda *_, **__: [BackendError("unreadable")])

@@ -16,7 +16,8 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from real_server import STORES
-from sidecar_process import SidecarProcess, until
+from sidecar_process import SidecarProcess
+from waiting import wait_until
 
 from kvcodec import native
 from kvcodec.backend import open_backend
@@ -294,17 +295,17 @@ class TestNumbersOfNow:
                 assert client.put(names, [page] * 8, timeout_seconds=20) == [None] * 8
                 assert sidecar.metric("kvcodec_sessions") == 1
                 assert sidecar.metric("kvcodec_region_bytes") >= 8 << 20
-            until(lambda: sidecar.metric("kvcodec_sessions") == 0)
+            wait_until(lambda: sidecar.metric("kvcodec_sessions") == 0)
             rooms = [pb.ObjectRoom(name=name, capacity=8 << 20) for name in names]
             with grpc.insecure_channel(sidecar.target) as channel:
                 request = pb.GetStreamRequest(objects=rooms)
                 answers = pb_grpc.PageServiceStub(channel).GetStream(request, timeout=30)
                 next(answers)
-                until(lambda: sidecar.metric("kvcodec_streams_in_progress") == 1)
+                wait_until(lambda: sidecar.metric("kvcodec_streams_in_progress") == 1)
                 assert sidecar.metric("kvcodec_calls_in_progress") == 1
                 assert 8 << 20 <= sidecar.metric("kvcodec_staging_bytes") <= 80 << 20
                 answers.cancel()
-            until(lambda: sidecar.metric("kvcodec_streams_in_progress") == 0)
+            wait_until(lambda: sidecar.metric("kvcodec_streams_in_progress") == 0)
 
 
 class TestBounds:
@@ -374,7 +375,7 @@ class TestPresentation:
     def test_promtool_finds_no_fault_in_a_real_sidecar(self, tmp_path):
         program = promtool()
         with SidecarProcess(tmp_path, {"store.ram_bytes": "1MiB"}) as sidecar:
-            until(lambda: sidecar.metric("kvcodec_store_up"))
+            wait_until(lambda: sidecar.metric("kvcodec_store_up"))
             text = sidecar.get("/metrics")[1]
             found = own_names(metrics_of(server=Server())) | set(GAUGES[:-1])
             assert found <= set(re.findall(r"^kvcodec_\w+", text, re.MULTILINE))

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
+from waiting import wait_until
 
 from kvcodec.errors import ConfigError
 from kvcodec_backends.memory import MemoryBackend
@@ -113,13 +114,6 @@ def reader(calls: StoreCalls, options: ServerOptions, count: int, capacity: int)
     return stream.parts()
 
 
-def until(condition) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 @pytest.mark.parametrize("size", [1, CHUNK_BYTES, 3 * MIB - 1, 3 * MIB, 5 * MIB, 13 * MIB])
 def test_messages_are_few_equal_and_fit_what_grpc_takes_anywhere(size):
     parts = [len(part) for part in chunks(memoryview(bytes(size)))]
@@ -198,7 +192,7 @@ def test_a_slow_store_is_read_ahead_and_a_quick_one_is_not(make, seconds, pause,
     for _ in range(3):  # both parts of the first object, and half of the second
         next(parts)
         time.sleep(pause)
-    until(lambda: len(store.calls) >= 2 + ahead)
+    wait_until(lambda: len(store.calls) >= 2 + ahead)
     time.sleep(0.05)
     assert len(store.calls) == 2 + ahead
     assert len(list(parts)) == 7
@@ -212,7 +206,7 @@ def test_a_writer_waits_for_a_store_that_does_not_keep_up(make):
     put = PutStream(calls, options, time.monotonic() + 20)
     thread = threading.Thread(target=put.receive, args=(sent(100, 1000, pulled),))
     thread.start()
-    until(lambda: len(store.calls) == 2)
+    wait_until(lambda: len(store.calls) == 2)
     time.sleep(0.1)
     assert len(pulled) <= 3 * 16
     store.gate.set()
@@ -245,7 +239,7 @@ def test_what_came_before_a_broken_message_is_stored(make):
 
     with pytest.raises(ConfigError, match="an object begins before"):
         PutStream(calls, options, time.monotonic() + 20).receive(broken())
-    until(lambda: len(store._store.objects) == 3)
+    wait_until(lambda: len(store._store.objects) == 3)
     stored(store, 3, 1000)
     limit = calls.pipeline.buffers.limit_bytes
-    until(lambda: calls.pipeline.buffers.acquire(limit, 0.0) is not None)
+    wait_until(lambda: calls.pipeline.buffers.acquire(limit, 0.0) is not None)

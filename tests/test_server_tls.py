@@ -11,7 +11,8 @@ from functools import partial
 
 import grpc
 import pytest
-from sidecar_process import NAME, Authority, SidecarProcess, exists, health_of, until
+from sidecar_process import NAME, Authority, SidecarProcess, exists, health_of
+from waiting import wait_until
 
 from kvcodec.backend import open_backend
 from kvcodec.errors import BackendError, ConfigError
@@ -197,7 +198,7 @@ class TestRotation:
             replace(installed / "tls.crt", other_authority.pem("server.pem"))
             replace(installed / "tls.key", other_authority.pem("server.key"))
             replace(installed / "ca.crt", other_authority.pem("other-ca.pem"))
-            until(lambda: ask(sidecar, other_authority, (other_authority, "client")) == "OK")
+            wait_until(lambda: ask(sidecar, other_authority, (other_authority, "client")) == "OK")
             assert ask(sidecar, authority, (authority, "client")) == "UNAVAILABLE"
             assert exists(old, TOKEN) == "OK"
         after = sidecar.metric("kvcodec_tls_certificate_expiry_timestamp_seconds")
@@ -208,14 +209,14 @@ class TestRotation:
             ("ca.crt", authority.pem("ca.pem")),
         ):
             replace(installed / name, data)
-        until(lambda: ask(sidecar, authority, (authority, "client")) == "OK")
+        wait_until(lambda: ask(sidecar, authority, (authority, "client")) == "OK")
 
     def test_half_a_rotation_changes_nothing(self, sidecar, authority, other_authority, installed):
         replace(installed / "tls.crt", other_authority.pem("server.pem"))
         time.sleep(1.1)
         for _ in range(3):
             assert ask(sidecar, authority, (authority, "client")) == "OK"
-        until(lambda: "the old certificate stays" in sidecar.messages())
+        wait_until(lambda: "the old certificate stays" in sidecar.messages())
 
     def test_unreadable_files_change_nothing(self, sidecar, authority, installed):
         (installed / "tls.key").unlink()
@@ -231,17 +232,17 @@ class TestRotation:
 
         replace(installed / "tokens", f"{TOKEN}\n{OTHER_TOKEN}\n".encode())
         sidecar.signal(signal.SIGHUP)
-        until(lambda: codes() == ["OK", "OK"])
+        wait_until(lambda: codes() == ["OK", "OK"])
         replace(installed / "tokens", f"{OTHER_TOKEN}\n".encode())
         sidecar.signal(signal.SIGHUP)
-        until(lambda: codes() == ["UNAUTHENTICATED", "OK"])
+        wait_until(lambda: codes() == ["UNAUTHENTICATED", "OK"])
         replace(installed / "tokens", b"")
         sidecar.signal(signal.SIGHUP)
-        until(lambda: "has no token in it" in sidecar.messages())
+        wait_until(lambda: "has no token in it" in sidecar.messages())
         assert codes() == ["UNAUTHENTICATED", "OK"]
         replace(installed / "tokens", f"{TOKEN}\n".encode())
         sidecar.signal(signal.SIGHUP)
-        until(lambda: codes() == ["OK", "UNAUTHENTICATED"])
+        wait_until(lambda: codes() == ["OK", "UNAUTHENTICATED"])
 
 
 def replace(path, data):

@@ -17,8 +17,9 @@ import grpc
 import pytest
 from fake_backend import FakeBackend
 from google.protobuf.runtime_version import VersionError
-from sidecar_process import NAME, SidecarProcess, until
+from sidecar_process import NAME, SidecarProcess
 from test_server_service import CASES, get, header, name, put, raw_request, start
+from waiting import wait_until
 
 from kvcodec.backend import open_backend
 from kvcodec.errors import ConfigError
@@ -78,7 +79,7 @@ class Host:
             spans = self.exporter.get_finished_spans()
             return any(span.name == f"{SERVICE}/{method}" for span in spans)
 
-        until(is_over)
+        wait_until(is_over)
         (own,) = [span for span in spans if span.name == f"{SERVICE}/{method}"]
         below = [
             span for span in spans if span.parent and span.parent.span_id == own.context.span_id
@@ -316,7 +317,7 @@ def test_calls_become_spans_of_their_callers(tmp_path, collector, ratio, calls):
         ask(sidecar, traced=False)
         ask(sidecar)
         sidecar.stop()  # what is left is sent at the end
-    until(lambda: len(collector.spans) >= 3 * calls)
+    wait_until(lambda: len(collector.spans) >= 3 * calls)
     assert collector.services == {"kvcodec-sidecar"}
     assert len(collector.spans) == 3 * calls
     mine = [span for span in collector.spans if span.trace_id.hex() == TRACE]

@@ -19,6 +19,7 @@ from faulty_proxy import FaultyProxy
 from pages import Case
 from server_sidecar import HANGS, HANGS_SECONDS, RAISES, STOPS_READING, STOPS_WRITING, Sidecar
 from sidecar_process import is_open
+from waiting import wait_until
 
 from kvcodec.errors import BackendError, BackendTimeout
 from kvcodec.layout import DType, PageLayout, PageViews
@@ -59,15 +60,6 @@ def backend(sidecar):
 def stats(sidecar: Sidecar) -> pb.StatsResponse:
     with grpc.insecure_channel(f"127.0.0.1:{sidecar.port}") as channel:
         return PageServiceStub(channel).Stats(pb.StatsRequest(), timeout=10)
-
-
-def wait_until(true, seconds: float = 20.0) -> float:
-    """How long it took."""
-    started = time.monotonic()
-    while not true():
-        assert time.monotonic() - started < seconds
-        time.sleep(0.01)
-    return time.monotonic() - started
 
 
 def is_stopped(sidecar: Sidecar) -> bool:

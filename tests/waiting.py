@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    """Return as soon as it is true; fail the test if it is not within `seconds`."""
-    stop_at = time.monotonic() + seconds
+def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> float:
+    """Seconds until it was true; fails the test if it is not within `seconds`."""
+    started = time.monotonic()
     while not condition():
-        assert time.monotonic() < stop_at, f"it was not true within {seconds:g} s"
+        assert time.monotonic() - started < seconds, f"it was not true within {seconds:g} s"
         time.sleep(0.005)
+    return time.monotonic() - started
