@@ -31,7 +31,7 @@ constexpr WriterTable writer_table(const CodingTable& table) {
 constexpr bool fits_writer_table(const CodingTable& table) { return table.escape < 32; }
 
 struct StreamTarget {
-  uint8_t* at;                // first byte so far; the stream grows towards lower addresses
+  uint8_t* at;                // where it is written to
   const uint64_t* step;       // behind the last one to write
   uint32_t steps;
   const void* values;         // that the steps point into
@@ -46,41 +46,76 @@ KVC_INLINE __m512i symbols_of(const WriterTable& table, __m512i upper) {
   return _mm512_min_epu16(j, _mm512_load_si512(table.escape));
 }
 
-// A writer goes backwards, from the last lane to the first: its vectors hold lane 31 first. So the
-// bytes of a step end where the stream begins, and whatever is stored before them is overwritten.
+// A stream is written from its last byte to its first, but towards higher addresses: vectors hold
+// lane 31 first, what compresses to their beginning is what comes next, and what is stored behind it
+// is overwritten. finish_stream() turns it round.
 
-// Bytes 2 * (31 - i) + odd of a vector for byte i.
 struct alignas(64) ReversedBytes {
-  uint8_t even[64];
   uint8_t from_bytes[64];  // byte 31 - i in the upper half of word i
+  uint8_t pending[64];     // low bytes of the words of a second vector, then of a first one
+  uint8_t all[64];
   uint16_t words[32];
 };
 
 constexpr ReversedBytes reversed_bytes() {
   ReversedBytes result{};
   for (int i = 0; i < 32; ++i) {
-    result.even[i] = static_cast<uint8_t>(2 * (31 - i));
     result.from_bytes[2 * i + 1] = static_cast<uint8_t>(31 - i);
+    result.pending[i] = static_cast<uint8_t>(64 + 2 * i);
+    result.pending[32 + i] = static_cast<uint8_t>(2 * i);
     result.words[i] = static_cast<uint16_t>(31 - i);
   }
+  for (int i = 0; i < 64; ++i) result.all[i] = static_cast<uint8_t>(63 - i);
   return result;
 }
 
 constexpr ReversedBytes kReversed = reversed_bytes();
-// Stores reach so far before a stream.
-constexpr size_t kWriterSlack = 32;
+// Stores reach so far behind what is written.
+constexpr size_t kWriterSlack = 64;
 
 KVC_INLINE __m512i reversed_words(__m512i words) {
   return _mm512_permutexvar_epi16(_mm512_load_si512(kReversed.words), words);
 }
 
-// Puts the low bytes of the chosen words before the stream.
-KVC_INLINE uint8_t* put_bytes(uint8_t* at, __mmask32 chosen, __m512i words) {
-  const __m512i bytes = _mm512_permutexvar_epi8(_mm512_load_si512(kReversed.even),
-                                                _mm512_maskz_compress_epi16(chosen, words));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(at - kWriterSlack),
-                      _mm512_castsi512_si256(bytes));
-  return at - __builtin_popcount(chosen);
+KVC_INLINE __m512i reversed_all(__m512i bytes) {
+  return _mm512_permutexvar_epi8(_mm512_load_si512(kReversed.all), bytes);
+}
+
+inline void reverse_in_place(uint8_t* begin, uint8_t* end) {
+  for (; end - begin >= 64; begin += 64, end -= 64) {
+    // Of fewer than 128 bytes both ends have some in common, which get the same values twice.
+    const __m512i first = _mm512_loadu_si512(begin);
+    const __m512i last = _mm512_loadu_si512(end - 64);
+    _mm512_storeu_si512(begin, reversed_all(last));
+    _mm512_storeu_si512(end - 64, reversed_all(first));
+    if (end - begin < 128) return;
+  }
+  const uint32_t left = static_cast<uint32_t>(end - begin);
+  const __mmask64 there = _bzhi_u64(~uint64_t{0}, left);
+  const __m512i places = _mm512_add_epi8(_mm512_load_si512(kReversed.all),
+                                         _mm512_set1_epi8(static_cast<char>(left - 64)));
+  _mm512_mask_storeu_epi8(
+      begin, there,
+      _mm512_permutexvar_epi8(places, _mm512_maskz_loadu_epi8(there, begin)));
+}
+
+// Where a target writes to in the memory of its stream: before that come the states.
+inline uint8_t* stream_body(uint8_t* stream) { return stream + kStateBytes; }
+
+// Makes a stream of what a target has written. Returns its length.
+inline size_t finish_stream(const StreamTarget& target, uint8_t* stream) {
+  reverse_in_place(stream_body(stream), target.at);
+  _mm512_storeu_si512(stream, reversed_words(target.x));
+  return static_cast<size_t>(target.at - stream);
+}
+
+// Bit `i` of the words or bytes of a step.
+template <bool kWords>
+KVC_INLINE uint32_t plane_of(__m512i words, __m256i bytes, __mmask32 lanes, uint32_t i) {
+  if (kWords)
+    return _mm512_mask_test_epi16_mask(lanes, words,
+                                       _mm512_set1_epi16(static_cast<int16_t>(1 << i)));
+  return _mm256_mask_test_epi8_mask(lanes, bytes, _mm256_set1_epi8(static_cast<char>(1 << i)));
 }
 
 // One step of one stream. The values of words are integers of 16 bits, otherwise of 8. No branch
@@ -90,6 +125,7 @@ KVC_INLINE void put_step(StreamTarget& s) {
   const StreamStep step(*--s.step);
   const WriterTable& table = *reinterpret_cast<const WriterTable*>(
       reinterpret_cast<const uint8_t*>(s.tables) + step.table());
+  const uint32_t shift = kShifted ? step.shift() : 0;
   const __mmask32 active = kMasked ? ~0u << (32 - step.count()) : ~0u;
   __m512i words;
   __m256i bytes;
@@ -97,42 +133,39 @@ KVC_INLINE void put_step(StreamTarget& s) {
   if (kWords) {
     words = _mm512_loadu_si512(static_cast<const int16_t*>(s.values) + step.out());
     value = reversed_words(words);
+    if (kShifted) value = _mm512_sra_epi16(value, _mm_cvtsi32_si128(static_cast<int>(shift)));
   } else {
     bytes = _mm256_loadu_si256(
         reinterpret_cast<const __m256i*>(static_cast<const int8_t*>(s.values) + step.out()));
-    value = _mm512_srai_epi16(
-        _mm512_permutexvar_epi8(_mm512_load_si512(kReversed.from_bytes),
-                                _mm512_castsi256_si512(bytes)),
-        8);
+    value = _mm512_permutexvar_epi8(_mm512_load_si512(kReversed.from_bytes),
+                                    _mm512_castsi256_si512(bytes));
+    value = kShifted ? _mm512_sra_epi16(value, _mm_cvtsi32_si128(static_cast<int>(8 + shift)))
+                     : _mm512_srai_epi16(value, 8);
   }
   if (kShifted) {
-    const uint32_t shift = step.shift();
     const __mmask32 lanes = kMasked ? _bzhi_u32(~0u, step.count()) : ~0u;
-    const auto plane_of = [&](uint32_t i) -> uint32_t {
-      if (kWords)
-        return _mm512_mask_test_epi16_mask(lanes, words,
-                                           _mm512_set1_epi16(static_cast<int16_t>(1 << i)));
-      return _mm256_mask_test_epi8_mask(lanes, bytes, _mm256_set1_epi8(static_cast<char>(1 << i)));
-    };
-    // Of no planes the lowest one is written before the stream.
-    s.at -= 4 * shift;
-    const uint32_t lowest = plane_of(0);
-    memcpy(s.at - 4 * (shift == 0), &lowest, sizeof lowest);
+    s.at += 4 * shift;
+    // Of no planes the lowest one is overwritten.
+    const uint32_t lowest = __builtin_bswap32(plane_of<kWords>(words, bytes, lanes, 0));
+    memcpy(s.at - 4 * (shift != 0), &lowest, sizeof lowest);
     for (uint32_t i = 1; __builtin_expect(i < shift, false); ++i) {
-      const uint32_t plane = plane_of(i);
-      memcpy(s.at + 4 * i, &plane, sizeof plane);
+      const uint32_t plane = __builtin_bswap32(plane_of<kWords>(words, bytes, lanes, i));
+      memcpy(s.at - 4 * (i + 1), &plane, sizeof plane);
     }
-    value = _mm512_sra_epi16(value, _mm_cvtsi32_si128(static_cast<int>(shift)));
   }
   const __m512i j = symbols_of(table, value);
   const __mmask32 escaped =
       _mm512_mask_cmpeq_epi16_mask(active, j, _mm512_load_si512(table.escape));
-  s.at = put_bytes(s.at, escaped, value);
   const __m512i freq = _mm512_permutexvar_epi16(j, _mm512_load_si512(table.freq));
   const __m512i inverse = _mm512_permutexvar_epi16(j, _mm512_load_si512(table.inverse));
   const __m512i cum = _mm512_permutexvar_epi16(j, _mm512_load_si512(table.cum));
   const __mmask32 full = _mm512_mask_cmpge_epu16_mask(active, _mm512_srli_epi16(s.x, 8), freq);
-  s.at = put_bytes(s.at, full, s.x);
+  // The bytes of escapes, and before them those of states.
+  const __mmask64 taken = _mm512_kunpackd(full, escaped);
+  const __m512i pending =
+      _mm512_permutex2var_epi8(s.x, _mm512_load_si512(kReversed.pending), value);
+  _mm512_storeu_si512(s.at, _mm512_maskz_compress_epi8(taken, pending));
+  s.at += __builtin_popcountll(taken);
   const __m512i x = _mm512_mask_srli_epi16(s.x, full, s.x, 8);
   // The quotient, or one less.
   const __m512i quotient = _mm512_mulhi_epu16(x, inverse);

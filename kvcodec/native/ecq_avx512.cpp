@@ -41,6 +41,7 @@ namespace {
 #include "coded_avx512_writer.h"
 #include "ecq_avx512_search.h"
 #include "ecq_avx512_measure.h"
+#include "ecq_avx512_derotation.h"
 #include "ecq_avx512_quantize.h"
 #include "ecq_avx512_encode.h"
 

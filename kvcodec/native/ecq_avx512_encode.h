@@ -1,8 +1,8 @@
 // Kind ecq on AVX-512: encoding. Included by ecq_avx512.cpp inside its target region and namespace,
 // after ecq_avx512_measure.h and ecq_avx512_quantize.h.
 //
-// Four tiles at a time: each is measured and quantized, two and two are searched, and the streams
-// of all four are written side by side.
+// Four tiles at a time: two and two are measured, quantized and searched, and the streams of all
+// four are written side by side.
 
 struct WriterTables {
   WriterTable table[kResidualTableCount];
@@ -104,11 +104,9 @@ inline bool write_tiles(const VectorEncoder& encoder, const Tile* tiles, uint32_
                         LinesAhead& ahead, CodedWriter& writer) {
   EncoderScratch& scratch = encoder.scratch;
   StreamTarget targets[kInterleaved];
-  uint8_t* ends[kInterleaved];
   for (uint32_t i = 0; i < count; ++i) {
     WrittenTile& written = scratch.written[i];
-    ends[i] = scratch.stream[i] + sizeof scratch.stream[i];
-    targets[i] = {ends[i],
+    targets[i] = {stream_body(scratch.stream[i]),
                   written.steps + written.step_count,
                   written.step_count,
                   scratch.pairs[i / 2].fraction,
@@ -136,11 +134,9 @@ inline bool write_tiles(const VectorEncoder& encoder, const Tile* tiles, uint32_
   }
   put_streams<true>(targets, count, ahead);
   for (uint32_t i = 0; i < count; ++i) {
-    uint8_t* stream = targets[i].at - kStateBytes;
-    _mm512_storeu_si512(stream, reversed_words(targets[i].x));
     TileEntry& entry = scratch.written[i].entry;
-    entry.stream_bytes = static_cast<uint16_t>(ends[i] - stream);
-    if (!writer.add(entry, stream)) return false;
+    entry.stream_bytes = static_cast<uint16_t>(finish_stream(targets[i], scratch.stream[i]));
+    if (!writer.add(entry, scratch.stream[i])) return false;
   }
   return true;
 }
@@ -171,25 +167,24 @@ struct TilesAhead {
   }
 };
 
-// All that precedes the search. `index`: of the tile among those that are written together.
+// What precedes the search of a tile that is measured. `index`: of those that are written together.
 template <typename Element>
-bool take_tile(VectorEncoder& encoder, const Tile& tile, uint32_t index) {
+void take_tile(VectorEncoder& encoder, const Tile& tile, uint32_t index) {
   EncoderScratch& scratch = encoder.scratch;
-  if (!measure_tile<Element>(encoder, tile)) return false;
   WrittenTile& written = scratch.written[index];
   TrellisPair& trellis = scratch.pairs[index / 2];
   const uint32_t parity = index % 2;
-  const EcqScale scales(encoder.codec, reference_of(scratch.groups, encoder.groups(tile),
+  const EcqScale scales(encoder.codec, reference_of(scratch.measured[parity].groups,
+                                                    encoder.groups(tile),
                                                     encoder.pairs()));
   TilePlan plan;
   plan_tile(encoder, tile, scales, parity, plan, written, trellis);
-  encoder.codec.channel ? quantize_channels<Element>(encoder, tile, plan, parity, trellis)
+  encoder.codec.channel ? quantize_channels(encoder, tile, plan, parity, trellis)
                         : quantize_tokens<Element>(encoder, tile, plan, parity, trellis);
   written.entry.reference = static_cast<uint8_t>(scales.reference + kReferenceBias);
   written.entry.scale_class = cheapest_class_of(written.scale, encoder.groups(tile));
   written.entry.mean_class =
       encoder.codec.channel ? cheapest_class_of(written.mean, tile.channels) : 0;
-  return true;
 }
 
 // Up to four tiles: the first `count` of `tiles`.
@@ -200,14 +195,15 @@ bool encode_tiles(VectorEncoder& encoder, const Tile* tiles, uint32_t count, Lin
   for (uint32_t first = 0; first < count; first += 2) {
     TrellisPair& trellis = scratch.pairs[first / 2];
     trellis.count[1] = 0;
-    trellis.masked = encoder.elements(tiles[first]) % 32 != 0;
-    if (!take_tile<Element>(encoder, tiles[first], first)) return false;
-    if (first + 1 < count) {
-      trellis.masked |= encoder.elements(tiles[first + 1]) % 32 != 0;
-      if (!take_tile<Element>(encoder, tiles[first + 1], first + 1)) return false;
+    trellis.masked = false;
+    const uint32_t end = smaller_of(first + 2, count);
+    if (!measure_tiles<Element>(encoder, tiles + first, end - first)) return false;
+    for (uint32_t i = first; i < end; ++i) {
+      trellis.masked |= encoder.elements(tiles[i]) % 32 != 0;
+      take_tile<Element>(encoder, tiles[i], i);
     }
     search_pair(trellis, scratch.before, ahead);
-    for (uint32_t i = first; i < count && i < first + 2; ++i)
+    for (uint32_t i = first; i < end; ++i)
       scratch.written[i].entry.family = cheapest_family(scratch.written[i], trellis);
   }
   return write_tiles(encoder, tiles, count, ahead, writer);
@@ -217,8 +213,10 @@ template <typename Element>
 size_t encode_elements(const SectionCodec& codec, const Rows& rows, const Rows* next,
                        const kvc_rotary* rotary, uint8_t* scratch, uint8_t* out) {
   VectorEncoder encoder(codec, rows, scratch);
-  if (can_derotate(codec, rows, rotary) && !choose_derotation<Element>(encoder, rotary))
-    encoder.rotary = nullptr;
+  if (can_derotate(codec, rows, rotary)) {
+    encoder.rotary = rotary;
+    if (!choose_derotation<Element>(encoder)) encoder.rotary = nullptr;
+  }
   const size_t raw_bytes =
       static_cast<size_t>(rows.head_count) * rows.token_count * rows.head_size * 2;
   CodedWriter writer(out, pad64(raw_bytes), tile_count(rows), 0,

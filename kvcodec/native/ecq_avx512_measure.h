@@ -1,6 +1,6 @@
 // Kind ecq on AVX-512: what the encoder reads and measures of a tile, proto/FORMAT.md 3.10, steps 1
-// to 4. Included by ecq_avx512.cpp inside its target region and namespace, after ecq_avx512.h,
-// coded_avx512_writer.h and ecq_avx512_search.h.
+// to 3 and 5. Included by ecq_avx512.cpp inside its target region and namespace, after
+// ecq_avx512.h, coded_avx512_writer.h and ecq_avx512_search.h.
 
 // Two lines of 64 elements have four, one of 256 has eight.
 constexpr uint32_t kGroupSteps = 8;
@@ -17,30 +17,34 @@ struct WrittenTile {
 };
 
 constexpr uint32_t kEncoderRotarySlots = 2;
-// Lines that are measured at a time, so that sums need not wait for each other.
-constexpr uint32_t kMeasuredLines = 64;
+// Blocks of a tile: pairs and the other channels fill blocks of their own.
+constexpr uint32_t kTileBlocks = kTileChannels / 32 + 1;
+constexpr uint32_t kBlockLines = 32;
 
+// Tokens of a block of lines: its two vectors of each.
+using BlockValues = float[kTileTokens][kBlockLines];
+
+// What is known of a tile until its numbers are.
 struct MeasuredTile {
-  alignas(64) float values[kTileTokens][kMeasuredLines];
-  // Rows: strided ones fall on few sets of the first-level cache.
-  alignas(64) uint16_t words[kTileElements + kTileTokens * 32 + 32];
+  // Of each line. Behind them the rest of a block.
+  alignas(64) float average[kTileChannels + kBlockLines];
+  alignas(64) float energy[kTileChannels + kBlockLines];
+  alignas(64) float largest[kTileChannels + kBlockLines];
+  EcqGroups groups;
+  alignas(64) BlockValues values[kTileBlocks];  // of channels
 };
 
 struct EncoderScratch {
   WrittenTile written[kInterleaved];
   TrellisPair pairs[kInterleaved / 2];
   // Of each line. Behind them the rest of a block.
-  alignas(64) float average[kTileChannels + kMeasuredLines];
-  alignas(64) float energy[kTileChannels + kMeasuredLines];
-  alignas(64) float largest[kTileChannels + kMeasuredLines];
-  alignas(64) float factor[kTileChannels + kMeasuredLines];  // to 1/64 half steps
-  alignas(64) float offset[kTileChannels + kMeasuredLines];
-  EcqGroups groups;
+  alignas(64) float factor[kTileChannels + kBlockLines];  // to 1/64 half steps
+  alignas(64) float offset[kTileChannels + kBlockLines];
   alignas(64) float rotary[kEncoderRotarySlots][kRotaryFloats];
   union {
-    MeasuredTile measured;
+    MeasuredTile measured[2];
     alignas(64) Predecessors before[kMaxTileSteps];
-    alignas(64) uint8_t stream[kInterleaved][kMaxStreamBytes + 64];
+    alignas(64) uint8_t stream[kInterleaved][kMaxStreamBytes + kWriterSlack];
   };
 };
 static_assert(sizeof(EncoderScratch) <= kCodedScratchBytes, "a worker's memory");
@@ -63,6 +67,11 @@ struct VectorEncoder {
   uint32_t lines(const Tile& tile) const { return codec.channel ? tile.channels : tile.tokens; }
   uint32_t groups(const Tile& tile) const { return lines(tile) - pairs(); }
   uint32_t elements(const Tile& tile) const { return codec.channel ? tile.tokens : tile.channels; }
+  // In MeasuredTile.
+  uint32_t first_plain_block() const { return (pairs() + 15) / 16; }
+  const uint8_t* row(const Tile& tile) const {
+    return rows.row(tile.head, tile.token) + tile.channel * 2;
+  }
 
   // Cosines of the tokens of a tile, and kTileTokens * kPaddedPairs behind them the sines.
   const float* rotary_of(const Tile& tile) {
@@ -122,32 +131,14 @@ KVC_INLINE __mmask16 first_lines(uint32_t count) {
   return static_cast<__mmask16>(_bzhi_u32(0xFFFF, smaller_of(count, 16)));
 }
 
-// Up to 32 channels that are not rotated: a vector of the even ones, and one of the odd ones.
-template <typename Element>
-struct PlainBlock {
-  static constexpr bool kKeepsValues = false;  // while they are measured
+// The lines of a block: up to 32 channels that are not rotated. Its first vector (half 0) has the
+// even ones, its second one the odd ones.
+struct PlainLines {
   uint32_t line;
   uint32_t count;
-  __mmask32 there;
 
-  KVC_INLINE PlainBlock(const Tile& tile, uint32_t channel)
-      : line(channel),
-        count(smaller_of(tile.channels - channel, 32)),
-        there(first_of(tile.channels - channel)) {}
-
-  KVC_INLINE __m512i words(const uint8_t* row) const {
-    return _mm512_maskz_loadu_epi16(there, row + line * 2);
-  }
-
-  KVC_INLINE void copy_words(uint8_t* row, __m512i words) const {
-    _mm512_storeu_si512(row + line * 2, words);
-  }
-
-  // The even channels (half 0) or the odd ones, of a token of the tile.
-  template <uint32_t kHalf>
-  KVC_INLINE __m512 widen(__m512i words, uint32_t) const {
-    return kHalf == 0 ? widen_even<Element>(words) : widen_odd<Element>(words);
-  }
+  KVC_INLINE PlainLines(const Tile& tile, uint32_t channel)
+      : line(channel), count(smaller_of(tile.channels - channel, 32)) {}
 
   KVC_INLINE void store(float* lines, __m512 a, __m512 b) const {
     store_zipped(lines + line, a, b);
@@ -169,55 +160,14 @@ struct PlainBlock {
   }
 };
 
-// Up to sixteen pairs, turned back.
-template <typename Element, bool kInterleavedPairs>
-struct TurnedBlock {
-  static constexpr bool kKeepsValues = true;
-  uint32_t pair;
+// Up to sixteen pairs: a vector of the first channels, and one of the second ones.
+struct PairLines {
   uint32_t pairs;
+  uint32_t pair;
   __mmask16 there;
-  const float* cosines;
-  const float* sines;
-  uint32_t padded;
 
-  KVC_INLINE TurnedBlock(const kvc_rotary& rotary, const float* table, uint32_t first)
-      : pair(first),
-        pairs(rotary.size / 2),
-        there(first_lines(pairs - first)),
-        padded((pairs + 31) & ~31u) {
-    cosines = table + first;
-    sines = cosines + kTileTokens * padded;
-  }
-
-  // The first channels, and the second ones.
-  KVC_INLINE __m512i words(const uint8_t* row) const {
-    if (kInterleavedPairs)
-      return _mm512_maskz_loadu_epi16(first_of(2 * (pairs - pair)), row + 4 * pair);
-    const __m256i first = _mm256_maskz_loadu_epi16(there, row + 2 * pair);
-    const __m256i second = _mm256_maskz_loadu_epi16(there, row + 2 * (pairs + pair));
-    return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
-  }
-
-  KVC_INLINE void copy_words(uint8_t* row, __m512i both) const {
-    if (kInterleavedPairs)
-      return _mm512_mask_storeu_epi16(row + 4 * pair, first_of(2 * (pairs - pair)), both);
-    _mm256_mask_storeu_epi16(row + 2 * pair, there, _mm512_castsi512_si256(both));
-    _mm256_mask_storeu_epi16(row + 2 * (pairs + pair), there, _mm512_extracti64x4_epi64(both, 1));
-  }
-
-  // The first channels (half 0) or the second ones of a token of the tile.
-  template <uint32_t kHalf>
-  KVC_INLINE __m512 widen(__m512i both, uint32_t token) const {
-    const __m512 a = kInterleavedPairs ? widen_even<Element>(both)
-                                       : widen_sixteen<Element>(_mm512_castsi512_si256(both));
-    const __m512 b = kInterleavedPairs
-                         ? widen_odd<Element>(both)
-                         : widen_sixteen<Element>(_mm512_extracti64x4_epi64(both, 1));
-    const __m512 cosine = _mm512_loadu_ps(cosines + token * padded);
-    const __m512 sine = _mm512_loadu_ps(sines + token * padded);
-    if (kHalf == 0) return _mm512_add_ps(_mm512_mul_ps(a, cosine), _mm512_mul_ps(b, sine));
-    return _mm512_sub_ps(_mm512_mul_ps(b, cosine), _mm512_mul_ps(a, sine));
-  }
+  KVC_INLINE PairLines(uint32_t count, uint32_t first)
+      : pairs(count), pair(first), there(first_lines(count - first)) {}
 
   KVC_INLINE void store(float* lines, __m512 x, __m512 y) const {
     _mm512_mask_storeu_ps(lines + pair, there, x);
@@ -235,138 +185,150 @@ struct TurnedBlock {
   }
 };
 
-// ---- statistics of channels
+// Reads channels that are not rotated.
+template <typename Element>
+struct PlainBlock : PlainLines {
+  struct Angles {};
+  __mmask32 present;
 
-// Bytes of a copied row. Behind its channels is room for the rest of a block.
-inline int64_t copied_row_bytes(const Tile& tile) {
-  return static_cast<int64_t>(((tile.channels + 31) & ~31u) + 32) * 2;
-}
+  KVC_INLINE PlainBlock(const Tile& tile, uint32_t channel)
+      : PlainLines(tile, channel), present(first_of(tile.channels - channel)) {}
 
-// Every so many tokens of a tile.
-struct TakenTokens {
-  const uint8_t* row;  // channel 0 of the first one
-  int64_t stride;
-  uint32_t count;
-  uint32_t step;
-  int64_t copied_bytes;  // of a row in MeasuredTile
+  KVC_INLINE __m512i words(const uint8_t* row) const {
+    return _mm512_maskz_loadu_epi16(present, row + line * 2);
+  }
 
-  TakenTokens(const VectorEncoder& encoder, const Tile& tile, uint32_t every)
-      : row(encoder.rows.row(tile.head, tile.token) + tile.channel * 2),
-        stride(encoder.rows.token_stride * every),
-        count(tile.tokens / every),
-        step(every),
-        copied_bytes(copied_row_bytes(tile)) {}
+  KVC_INLINE Angles angles(uint32_t) const { return {}; }
+
+  template <uint32_t kHalf>
+  KVC_INLINE __m512 widen(__m512i words, const Angles&) const {
+    return kHalf == 0 ? widen_even<Element>(words) : widen_odd<Element>(words);
+  }
 };
 
-// Averages, energies and largest deviations of the lines of one or two blocks, which it copies.
-// Returns the largest magnitudes of their elements.
-template <uint32_t kBlocks, typename Block>
-__m512i measure_blocks(EncoderScratch& scratch, const TakenTokens& tokens, const Block* blocks) {
-  constexpr uint32_t kVectors = 2 * kBlocks;
+// Reads pairs and turns them back.
+template <typename Element, bool kInterleavedPairs>
+struct TurnedBlock : PairLines {
+  // Of a token.
+  struct Angles {
+    __m512 cosine;
+    __m512 sine;
+  };
+  const float* cosines;
+  const float* sines;
+  uint32_t padded;
+
+  KVC_INLINE TurnedBlock(const kvc_rotary& rotary, const float* table, uint32_t first)
+      : PairLines(rotary.size / 2, first), padded((pairs + 31) & ~31u) {
+    cosines = table + first;
+    sines = cosines + kTileTokens * padded;
+  }
+
+  KVC_INLINE __m512i words(const uint8_t* row) const {
+    if (kInterleavedPairs)
+      return _mm512_maskz_loadu_epi16(first_of(2 * (pairs - pair)), row + 4 * pair);
+    const __m256i first = _mm256_maskz_loadu_epi16(there, row + 2 * pair);
+    const __m256i second = _mm256_maskz_loadu_epi16(there, row + 2 * (pairs + pair));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+  }
+
+  KVC_INLINE Angles angles(uint32_t token) const {
+    return {_mm512_loadu_ps(cosines + token * padded), _mm512_loadu_ps(sines + token * padded)};
+  }
+
+  // The first channels (half 0) or the second ones, as they are.
+  template <uint32_t kHalf>
+  KVC_INLINE __m512 widen_plain(__m512i both) const {
+    if (kInterleavedPairs) return kHalf == 0 ? widen_even<Element>(both) : widen_odd<Element>(both);
+    return widen_sixteen<Element>(kHalf == 0 ? _mm512_castsi512_si256(both)
+                                             : _mm512_extracti64x4_epi64(both, 1));
+  }
+
+  template <uint32_t kHalf>
+  static KVC_INLINE __m512 turn(__m512 a, __m512 b, const Angles& by) {
+    if (kHalf == 0) return _mm512_add_ps(_mm512_mul_ps(a, by.cosine), _mm512_mul_ps(b, by.sine));
+    return _mm512_sub_ps(_mm512_mul_ps(b, by.cosine), _mm512_mul_ps(a, by.sine));
+  }
+
+  template <uint32_t kHalf>
+  KVC_INLINE __m512 widen(__m512i both, const Angles& by) const {
+    return turn<kHalf>(widen_plain<0>(both), widen_plain<1>(both), by);
+  }
+};
+
+// ---- statistics of channels
+
+// Averages, energies, largest deviations and values of a block of the same channels of one or two
+// tiles of the same tokens. Returns the largest magnitudes of their elements.
+template <uint32_t kTiles, typename Block>
+__m512i measure_block(MeasuredTile* measured, const VectorEncoder& encoder, const Tile* tiles,
+                      const Block& block, uint32_t index) {
+  constexpr uint32_t kVectors = 2 * kTiles;
+  const uint32_t tokens = tiles[0].tokens;
+  const int64_t stride = encoder.rows.token_stride;
+  const uint8_t* row[kTiles];
+  float* values[kTiles];
+  for (uint32_t i = 0; i < kTiles; ++i) {
+    row[i] = encoder.row(tiles[i]);
+    values[i] = measured[i].values[index][0];
+  }
   __m512 average[kVectors];
   for (__m512& vector : average) vector = _mm512_setzero_ps();
   __m512i magnitude = _mm512_setzero_si512();
-  const uint8_t* row = tokens.row;
-  uint8_t* copy = reinterpret_cast<uint8_t*>(scratch.measured.words);
-  for (uint32_t t = 0; t < tokens.count; ++t, row += tokens.stride, copy += tokens.copied_bytes) {
-    for (uint32_t i = 0; i < kVectors; i += 2) {
-      const Block& block = blocks[i / 2];
-      const __m512i words = block.words(row);
-      block.copy_words(copy, words);
+  for (uint32_t t = 0; t < tokens; ++t) {
+    const typename Block::Angles angles = block.angles(t);
+    for (uint32_t i = 0; i < kTiles; ++i) {
+      const __m512i words = block.words(row[i]);
+      row[i] += stride;
       magnitude = _mm512_max_epu16(magnitude, magnitudes_of(words));
-      const __m512 a = block.template widen<0>(words, t * tokens.step);
-      const __m512 b = block.template widen<1>(words, t * tokens.step);
-      if (Block::kKeepsValues) {
-        _mm512_store_ps(scratch.measured.values[t] + 16 * i, a);
-        _mm512_store_ps(scratch.measured.values[t] + 16 * i + 16, b);
-      }
-      average[i] = _mm512_add_ps(average[i], a);
-      average[i + 1] = _mm512_add_ps(average[i + 1], b);
+      const __m512 a = block.template widen<0>(words, angles);
+      const __m512 b = block.template widen<1>(words, angles);
+      _mm512_store_ps(values[i] + t * kBlockLines, a);
+      _mm512_store_ps(values[i] + t * kBlockLines + 16, b);
+      average[2 * i] = _mm512_add_ps(average[2 * i], a);
+      average[2 * i + 1] = _mm512_add_ps(average[2 * i + 1], b);
     }
   }
-  const __m512 count = _mm512_set1_ps(static_cast<float>(tokens.count));
+  const __m512 count = _mm512_set1_ps(static_cast<float>(tokens));
   __m512 energy[kVectors];
   __m512 largest[kVectors];
   for (uint32_t i = 0; i < kVectors; ++i) {
     average[i] = _mm512_div_ps(average[i], count);
     energy[i] = largest[i] = _mm512_setzero_ps();
   }
-  copy = reinterpret_cast<uint8_t*>(scratch.measured.words);
-  for (uint32_t t = 0; t < tokens.count; ++t, copy += tokens.copied_bytes) {
+  for (uint32_t t = 0; t < tokens; ++t) {
     for (uint32_t i = 0; i < kVectors; ++i) {
-      const Block& block = blocks[i / 2];
-      const __m512 value =
-          Block::kKeepsValues ? _mm512_load_ps(scratch.measured.values[t] + 16 * i)
-          : i % 2 == 0        ? block.template widen<0>(block.words(copy), t)
-                              : block.template widen<1>(block.words(copy), t);
+      const __m512 value = _mm512_load_ps(values[i / 2] + t * kBlockLines + 16 * (i % 2));
       const __m512 deviation = _mm512_sub_ps(value, average[i]);
       energy[i] = _mm512_add_ps(energy[i], _mm512_mul_ps(deviation, deviation));
       largest[i] = _mm512_max_ps(largest[i], _mm512_abs_ps(deviation));
     }
   }
-  for (uint32_t i = 0; i < kVectors; i += 2) {
-    blocks[i / 2].store(scratch.average, average[i], average[i + 1]);
-    blocks[i / 2].store(scratch.energy, energy[i], energy[i + 1]);
-    blocks[i / 2].store(scratch.largest, largest[i], largest[i + 1]);
+  for (uint32_t i = 0; i < kTiles; ++i) {
+    block.store(measured[i].average, average[2 * i], average[2 * i + 1]);
+    block.store(measured[i].energy, energy[2 * i], energy[2 * i + 1]);
+    block.store(measured[i].largest, largest[2 * i], largest[2 * i + 1]);
   }
   return magnitude;
 }
 
-template <typename Element, bool kInterleavedPairs>
-__m512i measure_pairs(VectorEncoder& encoder, const Tile& tile, const TakenTokens& tokens) {
-  using Block = TurnedBlock<Element, kInterleavedPairs>;
-  const kvc_rotary& rotary = *encoder.rotary;
-  const float* table = encoder.rotary_of(tile);
-  const uint32_t pairs = encoder.pairs();
+template <typename Element, uint32_t kTiles, bool kInterleavedPairs>
+__m512i measure_pairs(VectorEncoder& encoder, const Tile* tiles, MeasuredTile* measured) {
+  const float* table = encoder.rotary_of(tiles[0]);
   __m512i magnitude = _mm512_setzero_si512();
-  uint32_t i = 0;
-  for (; i + 16 < pairs; i += 32) {
-    const Block blocks[2] = {Block(rotary, table, i), Block(rotary, table, i + 16)};
-    magnitude =
-        _mm512_max_epu16(magnitude, measure_blocks<2>(encoder.scratch, tokens, blocks));
-  }
-  if (i < pairs) {
-    const Block block(rotary, table, i);
-    magnitude =
-        _mm512_max_epu16(magnitude, measure_blocks<1>(encoder.scratch, tokens, &block));
-  }
-  return magnitude;
-}
-
-// Channels from `line` on, which are not rotated.
-template <typename Element>
-__m512i measure_plain(EncoderScratch& scratch, const Tile& tile, const TakenTokens& tokens,
-                      uint32_t line) {
-  using Block = PlainBlock<Element>;
-  __m512i magnitude = _mm512_setzero_si512();
-  for (; line + 32 < tile.channels; line += 64) {
-    const Block blocks[2] = {Block(tile, line), Block(tile, line + 32)};
-    magnitude = _mm512_max_epu16(magnitude, measure_blocks<2>(scratch, tokens, blocks));
-  }
-  if (line < tile.channels) {
-    const Block block(tile, line);
-    magnitude = _mm512_max_epu16(magnitude, measure_blocks<1>(scratch, tokens, &block));
+  for (uint32_t i = 0; i < encoder.pairs(); i += 16) {
+    const TurnedBlock<Element, kInterleavedPairs> block(*encoder.rotary, table, i);
+    magnitude = _mm512_max_epu16(
+        magnitude, measure_block<kTiles>(measured, encoder, tiles, block, i / 16));
   }
   return magnitude;
 }
 
 // ---- statistics of groups
 
-// Sixteen groups of one line each, or of two that lie `other` apart.
-inline void measure_sixteen(EncoderScratch& scratch, uint32_t group, uint32_t count, uint32_t line,
-                            uint32_t other, uint32_t elements) {
-  const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
-  __m512 energy = _mm512_loadu_ps(scratch.energy + line);
-  __m512 largest = _mm512_loadu_ps(scratch.largest + line);
-  __m512i top = _mm512_and_si512(_mm512_loadu_si512(scratch.average + line), magnitude);
-  if (other != 0) {
-    energy = _mm512_add_ps(energy, _mm512_loadu_ps(scratch.energy + line + other));
-    largest = _mm512_max_ps(largest, _mm512_loadu_ps(scratch.largest + line + other));
-    top = _mm512_max_epi32(
-        top,
-        _mm512_and_si512(_mm512_loadu_si512(scratch.average + line + other), magnitude));
-  }
-  const __m512 divisor = _mm512_set1_ps(static_cast<float>(other != 0 ? 2 * elements : elements));
+// EcqGroups::measure() of sixteen groups.
+KVC_INLINE __m512i exponents_of(__m512 energy, __m512i top, uint32_t elements) {
+  const __m512 divisor = _mm512_set1_ps(static_cast<float>(elements));
   const __m512i square = _mm512_castps_si512(_mm512_div_ps(energy, divisor));
   const __m512i mantissa = _mm512_and_si512(square, _mm512_set1_epi32(0x7FFFFF));
   const __m512i biased = _mm512_srli_epi32(square, 23);
@@ -380,37 +342,59 @@ inline void measure_sixteen(EncoderScratch& scratch, uint32_t group, uint32_t co
                             _mm512_set1_epi32(kNoEnergy));
   const __m512i floor = _mm512_sub_epi32(_mm512_slli_epi32(_mm512_srli_epi32(top, 23), 2),
                                          _mm512_set1_epi32(4 * 127 + 32));
-  e = _mm512_mask_max_epi32(e, _mm512_test_epi32_mask(top, top), e, floor);
-  const __mmask16 there = first_lines(count);
-  EcqGroups& groups = scratch.groups;
-  _mm512_mask_storeu_epi32(groups.exponent + group, there, e);
-  _mm512_mask_storeu_ps(groups.largest + group, there, largest);
-  _mm512_mask_storeu_epi32(groups.top + group, there, top);
+  return _mm512_mask_max_epi32(e, _mm512_test_epi32_mask(top, top), e, floor);
 }
 
-// Groups of `elements` to a line: pairs first.
-inline void measure_groups(const VectorEncoder& encoder, const Tile& tile, uint32_t elements) {
-  EncoderScratch& scratch = encoder.scratch;
+// Magnitudes of floats, as integers.
+KVC_INLINE __m512i absolute(__m512 v) { return _mm512_castps_si512(_mm512_abs_ps(v)); }
+
+// Sixteen groups of one line each, or of two that lie `other` apart.
+inline void measure_sixteen(MeasuredTile& tile, uint32_t group, uint32_t count, uint32_t line,
+                            uint32_t other, uint32_t elements) {
+  __m512 energy = _mm512_loadu_ps(tile.energy + line);
+  __m512 largest = _mm512_loadu_ps(tile.largest + line);
+  __m512i top = absolute(_mm512_loadu_ps(tile.average + line));
+  if (other != 0) {
+    energy = _mm512_add_ps(energy, _mm512_loadu_ps(tile.energy + line + other));
+    largest = _mm512_max_ps(largest, _mm512_loadu_ps(tile.largest + line + other));
+    top = _mm512_max_epi32(top, absolute(_mm512_loadu_ps(tile.average + line + other)));
+  }
+  const __m512i e = exponents_of(energy, top, other != 0 ? 2 * elements : elements);
+  const __mmask16 there = first_lines(count);
+  _mm512_mask_storeu_epi32(tile.groups.exponent + group, there, e);
+  _mm512_mask_storeu_ps(tile.groups.largest + group, there, largest);
+  _mm512_mask_storeu_epi32(tile.groups.top + group, there, top);
+}
+
+// Groups of a tile whose lines are measured: pairs first.
+inline void measure_groups(const VectorEncoder& encoder, const Tile& tile,
+                           MeasuredTile& measured) {
+  const uint32_t elements = encoder.elements(tile);
   const uint32_t pairs = encoder.pairs();
   const uint32_t groups = encoder.groups(tile);
   for (uint32_t g = 0; g < pairs; g += 16)
-    measure_sixteen(scratch, g, pairs - g, g, pairs, elements);
+    measure_sixteen(measured, g, pairs - g, g, pairs, elements);
   for (uint32_t g = pairs; g < groups; g += 16)
-    measure_sixteen(scratch, g, groups - g, g + pairs, 0, elements);
+    measure_sixteen(measured, g, groups - g, g + pairs, 0, elements);
 }
 
-template <typename Element>
-__m512i measure_channels(VectorEncoder& encoder, const Tile& tile, uint32_t every) {
-  const TakenTokens tokens(encoder, tile, every);
+// One or two tiles of the same tokens.
+template <typename Element, uint32_t kTiles>
+__m512i measure_channels(VectorEncoder& encoder, const Tile* tiles, MeasuredTile* measured) {
   const uint32_t pairs = encoder.pairs();
-  __m512i magnitude = measure_plain<Element>(encoder.scratch, tile, tokens, 2 * pairs);
+  __m512i magnitude = _mm512_setzero_si512();
   if (pairs != 0) {
-    magnitude = _mm512_max_epu16(
-        magnitude, encoder.rotary->interleaved != 0
-                       ? measure_pairs<Element, true>(encoder, tile, tokens)
-                       : measure_pairs<Element, false>(encoder, tile, tokens));
+    magnitude = encoder.rotary->interleaved != 0
+                    ? measure_pairs<Element, kTiles, true>(encoder, tiles, measured)
+                    : measure_pairs<Element, kTiles, false>(encoder, tiles, measured);
   }
-  measure_groups(encoder, tile, tokens.count);
+  uint32_t index = encoder.first_plain_block();
+  for (uint32_t line = 2 * pairs; line < tiles[0].channels; line += 32, ++index) {
+    const PlainBlock<Element> block(tiles[0], line);
+    magnitude = _mm512_max_epu16(
+        magnitude, measure_block<kTiles>(measured, encoder, tiles, block, index));
+  }
+  for (uint32_t i = 0; i < kTiles; ++i) measure_groups(encoder, tiles[i], measured[i]);
   return magnitude;
 }
 
@@ -448,10 +432,10 @@ KVC_INLINE __m512 fold_sixteen(const __m512* v) {
   return _mm512_permutexvar_ps(order, folded);
 }
 
-template <typename Element>
-__m512i measure_tokens(VectorEncoder& encoder, const Tile& tile) {
-  EncoderScratch& scratch = encoder.scratch;
-  const uint8_t* row = encoder.rows.row(tile.head, tile.token) + tile.channel * 2;
+// kWhole: the channels fill vectors, and no mask is needed.
+template <typename Element, bool kWhole>
+__m512i measure_tokens(const VectorEncoder& encoder, const Tile& tile, MeasuredTile& measured) {
+  const uint8_t* row = encoder.row(tile);
   __m512i magnitude = _mm512_setzero_si512();
   for (uint32_t first = 0; first < tile.tokens; first += 16) {
     __m512 sums[16];
@@ -460,7 +444,9 @@ __m512i measure_tokens(VectorEncoder& encoder, const Tile& tile) {
       __m512 sum = _mm512_setzero_ps();
       __m512i top = _mm512_setzero_si512();
       for (uint32_t c = 0; c < tile.channels; c += 32) {
-        const __m512i words = _mm512_maskz_loadu_epi16(first_of(tile.channels - c), row + c * 2);
+        const __m512i words =
+            kWhole ? _mm512_loadu_si512(row + c * 2)
+                   : _mm512_maskz_loadu_epi16(first_of(tile.channels - c), row + c * 2);
         const __m512 even = widen_even<Element>(words);
         const __m512 odd = widen_odd<Element>(words);
         sum = _mm512_add_ps(sum, _mm512_mul_ps(even, even));
@@ -473,19 +459,36 @@ __m512i measure_tokens(VectorEncoder& encoder, const Tile& tile) {
       // The last token stands in for those that are not there.
       if (first + i + 1 < tile.tokens) row += encoder.rows.token_stride;
     }
-    _mm512_store_ps(scratch.energy + first, fold_sixteen<Sum>(sums));
-    _mm512_store_ps(scratch.largest + first, fold_sixteen<Largest>(tops));
-    _mm512_store_ps(scratch.average + first, _mm512_setzero_ps());
+    _mm512_store_ps(measured.energy + first, fold_sixteen<Sum>(sums));
+    _mm512_store_ps(measured.largest + first, fold_sixteen<Largest>(tops));
+    _mm512_store_ps(measured.average + first, _mm512_setzero_ps());
   }
-  measure_groups(encoder, tile, tile.channels);
+  measure_groups(encoder, tile, measured);
   return magnitude;
 }
 
-// Measures a tile. False: a value outside the domain.
+// Whether tiles differ by their heads alone.
+inline bool same_tokens(const Tile& a, const Tile& b) {
+  return a.token == b.token && a.channel == b.channel && a.has_shape_of(b);
+}
+
+// Measures one or two tiles. False: a value outside the domain.
 template <typename Element>
-bool measure_tile(VectorEncoder& encoder, const Tile& tile) {
-  const __m512i magnitude = encoder.codec.channel ? measure_channels<Element>(encoder, tile, 1)
-                                                  : measure_tokens<Element>(encoder, tile);
+bool measure_tiles(VectorEncoder& encoder, const Tile* tiles, uint32_t count) {
+  MeasuredTile* measured = encoder.scratch.measured;
+  __m512i magnitude = _mm512_setzero_si512();
+  if (encoder.codec.channel && count == 2 && same_tokens(tiles[0], tiles[1])) {
+    magnitude = measure_channels<Element, 2>(encoder, tiles, measured);
+  } else {
+    for (uint32_t i = 0; i < count; ++i) {
+      const __m512i largest =
+          encoder.codec.channel ? measure_channels<Element, 1>(encoder, tiles + i, measured + i)
+          : tiles[i].channels % 32 == 0
+              ? measure_tokens<Element, true>(encoder, tiles[i], measured[i])
+              : measure_tokens<Element, false>(encoder, tiles[i], measured[i]);
+      magnitude = _mm512_max_epu16(magnitude, largest);
+    }
+  }
   return !any_outside<Element>(magnitude);
 }
 
@@ -516,18 +519,6 @@ struct SixteenGroups {
   }
 };
 
-// EcqGroups::cost().
-inline int64_t cost_of(const EcqGroups& groups, uint32_t count, uint32_t pairs) {
-  __m512i sum = _mm512_setzero_si512();
-  for (uint32_t g = 0; g < count; g += 16) {
-    const SixteenGroups some(groups, g, count, pairs);
-    const __m512i exponent =
-        _mm512_mask_mov_epi32(_mm512_set1_epi32(kNoEnergy), some.full, some.exponent);
-    sum = _mm512_add_epi32(sum, _mm512_mullo_epi32(exponent, some.weight));
-  }
-  return _mm512_reduce_add_epi32(sum);
-}
-
 // EcqGroups::reference().
 inline int32_t reference_of(const EcqGroups& groups, uint32_t count, uint32_t pairs) {
   __m512i largest = _mm512_set1_epi32(-10000);  // less than any
@@ -546,22 +537,4 @@ inline int32_t reference_of(const EcqGroups& groups, uint32_t count, uint32_t pa
         sum, _mm512_mullo_epi32(_mm512_max_epi32(some.exponent, floor), weight));
   }
   return EcqGroups::mean_exponent(_mm512_reduce_add_epi32(sum), _mm512_reduce_add_epi32(weights));
-}
-
-// Whether the groups of a section are narrower without the rotation.
-template <typename Element>
-bool choose_derotation(VectorEncoder& encoder, const kvc_rotary* rotary) {
-  const EcqGroups& groups = encoder.scratch.groups;
-  int64_t gain = 0;
-  for (TileWalk walk(encoder.rows); !walk.ended(); walk.advance()) {
-    const Tile& tile = walk.tile();
-    const uint32_t every = derotation_step(tile);
-    encoder.rotary = nullptr;
-    measure_channels<Element>(encoder, tile, every);
-    gain += 4 * cost_of(groups, encoder.groups(tile), 0) + tile.channels;
-    encoder.rotary = rotary;
-    measure_channels<Element>(encoder, tile, every);
-    gain -= 4 * cost_of(groups, encoder.groups(tile), encoder.pairs());
-  }
-  return gain > 0;
 }

@@ -95,16 +95,16 @@ struct GroupFactors {
 };
 
 // Sixteen lines from `line` on, of groups from `group` on: their factors, offsets and means.
-inline void plan_sixteen(EncoderScratch& scratch, const WrittenTile& written, uint32_t line,
-                         uint32_t group, const GroupFactors& factors, float bias,
-                         int16_t* means) {
+inline void plan_sixteen(EncoderScratch& scratch, const MeasuredTile& measured,
+                         const WrittenTile& written, uint32_t line, uint32_t group,
+                         const GroupFactors& factors, float bias, int16_t* means) {
   const __m512i scale = _mm512_cvtepi16_epi32(
       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(written.scale + group)));
   const __mmask16 full = _mm512_cmpneq_epi32_mask(scale, _mm512_set1_epi32(kEmptyGroup));
   const __m512 inverse = _mm512_loadu_ps(factors.inverse + group);
   const __m512 gain = _mm512_loadu_ps(factors.gain + group);
   const __m512i mean = _mm512_maskz_cvtps_epi32(
-      full, _mm512_mul_ps(_mm512_loadu_ps(scratch.average + line), inverse));
+      full, _mm512_mul_ps(_mm512_loadu_ps(measured.average + line), inverse));
   _mm512_storeu_ps(scratch.factor + line, _mm512_mul_ps(inverse, gain));
   const __m512 numbers = _mm512_mul_ps(_mm512_cvtepi32_ps(mean), gain);
   _mm512_storeu_ps(scratch.offset + line, _mm512_sub_ps(_mm512_set1_ps(bias), numbers));
@@ -113,17 +113,18 @@ inline void plan_sixteen(EncoderScratch& scratch, const WrittenTile& written, ui
 
 // Factors, offsets and means of all lines.
 inline void plan_lines(const VectorEncoder& encoder, const Tile& tile,
-                       const GroupFactors& factors, float bias, WrittenTile& written) {
+                       const MeasuredTile& measured, const GroupFactors& factors, float bias,
+                       WrittenTile& written) {
   const uint32_t pairs = encoder.pairs();
   const uint32_t lines = encoder.lines(tile);
   int16_t means[kTileChannels + 32];
   // What is written behind the last line of one part is overwritten by the next.
   for (uint32_t i = 0; i < pairs; i += 16)
-    plan_sixteen(encoder.scratch, written, i, i, factors, bias, means);
+    plan_sixteen(encoder.scratch, measured, written, i, i, factors, bias, means);
   for (uint32_t i = 0; i < pairs; i += 16)
-    plan_sixteen(encoder.scratch, written, pairs + i, i, factors, bias, means);
+    plan_sixteen(encoder.scratch, measured, written, pairs + i, i, factors, bias, means);
   for (uint32_t i = 2 * pairs; i < lines; i += 16)
-    plan_sixteen(encoder.scratch, written, i, i - pairs, factors, bias, means);
+    plan_sixteen(encoder.scratch, measured, written, i, i - pairs, factors, bias, means);
   if (pairs == 0 || encoder.rotary->interleaved == 0) {
     memcpy(written.mean, means, lines * sizeof(int16_t));
     return;
@@ -168,14 +169,15 @@ inline void plan_steps(const VectorEncoder& encoder, const Tile& tile, uint32_t 
 }
 
 // Scales, means and steps of a tile that is measured.
-inline void plan_tile(VectorEncoder& encoder, const Tile& tile, const EcqScale& scales,
+inline void plan_tile(const VectorEncoder& encoder, const Tile& tile, const EcqScale& scales,
                       uint32_t parity, TilePlan& plan, WrittenTile& written,
                       TrellisPair& trellis) {
+  const MeasuredTile& measured = encoder.scratch.measured[parity];
   const uint32_t groups = encoder.groups(tile);
   GroupFactors factors;
   __m512i codings = _mm512_setzero_si512();
   for (uint32_t g = 0; g < groups; g += 16) {
-    const ChosenScales chosen = choose_sixteen(encoder.scratch.groups, g, groups - g, scales);
+    const ChosenScales chosen = choose_sixteen(measured.groups, g, groups - g, scales);
     _mm256_store_si256(reinterpret_cast<__m256i*>(written.scale + g),
                        _mm512_cvtepi32_epi16(chosen.scale));
     _mm512_store_ps(factors.inverse + g, chosen.inverse);
@@ -186,7 +188,7 @@ inline void plan_tile(VectorEncoder& encoder, const Tile& tile, const EcqScale& 
   }
   written.shifted = _mm512_test_epi32_mask(codings, _mm512_set1_epi32(0xFF << 24)) != 0;
   plan.steps_of[kTileChannels] = ~0u;
-  plan_lines(encoder, tile, factors, trellis_bias(parity), written);
+  plan_lines(encoder, tile, measured, factors, trellis_bias(parity), written);
   plan_steps(encoder, tile, parity, plan, written, trellis);
 }
 
@@ -250,13 +252,11 @@ KVC_INLINE void turn_dwords(__m512i v[16]) {
 // not so many (unless `kWhole`), the last one stands in for the others.
 template <uint32_t kHalf, bool kWhole, typename Block>
 KVC_INLINE void quantize_half(const EncoderScratch& scratch, const Tile& tile, const Block& block,
-                              uint32_t first, const uint32_t* steps_of, uint32_t parity,
-                              TrellisPair& trellis) {
+                              const BlockValues& values, uint32_t first,
+                              const uint32_t* steps_of, uint32_t parity, TrellisPair& trellis) {
   const __m512 factor = block.template load_lines<kHalf>(scratch.factor);
   const __m512 offset = block.template load_lines<kHalf>(scratch.offset);
   const __m512i bytes = _mm512_load_si512(kNumberBytes.of_words);
-  const uint8_t* rows = reinterpret_cast<const uint8_t*>(scratch.measured.words);
-  const int64_t row_bytes = copied_row_bytes(tile);
   const uint32_t last = tile.tokens - 1;
   // Words of two neighbouring tokens.
   __m512i v[16];
@@ -264,10 +264,8 @@ KVC_INLINE void quantize_half(const EncoderScratch& scratch, const Tile& tile, c
   for (uint32_t i = 0; i < 16; ++i) {
     const uint32_t even = kWhole ? first + 2 * i : smaller_of(first + 2 * i, last);
     const uint32_t odd = kWhole ? first + 2 * i + 1 : smaller_of(first + 2 * i + 1, last);
-    const __m512i low = number_of(
-        block.template widen<kHalf>(block.words(rows + even * row_bytes), even), factor, offset);
-    const __m512i high = number_of(
-        block.template widen<kHalf>(block.words(rows + odd * row_bytes), odd), factor, offset);
+    const __m512i low = number_of(_mm512_load_ps(values[even] + 16 * kHalf), factor, offset);
+    const __m512i high = number_of(_mm512_load_ps(values[odd] + 16 * kHalf), factor, offset);
     v[i] = _mm512_mask_mov_epi16(low, 0xAAAAAAAA, _mm512_slli_epi32(high, 16));
   }
   turn_dwords(v);
@@ -281,36 +279,29 @@ KVC_INLINE void quantize_half(const EncoderScratch& scratch, const Tile& tile, c
 
 template <typename Block>
 void quantize_block(const EncoderScratch& scratch, const Tile& tile, const Block& block,
-                    const uint32_t* steps_of, uint32_t parity, TrellisPair& trellis) {
+                    uint32_t index, const uint32_t* steps_of, uint32_t parity,
+                    TrellisPair& trellis) {
+  const BlockValues& v = scratch.measured[parity].values[index];
   for (uint32_t first = 0; first < tile.tokens; first += 32) {
     if (first + 32 <= tile.tokens) {
-      quantize_half<0, true>(scratch, tile, block, first, steps_of, parity, trellis);
-      quantize_half<1, true>(scratch, tile, block, first, steps_of, parity, trellis);
+      quantize_half<0, true>(scratch, tile, block, v, first, steps_of, parity, trellis);
+      quantize_half<1, true>(scratch, tile, block, v, first, steps_of, parity, trellis);
     } else {
-      quantize_half<0, false>(scratch, tile, block, first, steps_of, parity, trellis);
-      quantize_half<1, false>(scratch, tile, block, first, steps_of, parity, trellis);
+      quantize_half<0, false>(scratch, tile, block, v, first, steps_of, parity, trellis);
+      quantize_half<1, false>(scratch, tile, block, v, first, steps_of, parity, trellis);
     }
   }
 }
 
-template <typename Element>
-void quantize_channels(VectorEncoder& encoder, const Tile& tile, const TilePlan& plan,
-                       uint32_t parity, TrellisPair& trellis) {
+inline void quantize_channels(const VectorEncoder& encoder, const Tile& tile,
+                              const TilePlan& plan, uint32_t parity, TrellisPair& trellis) {
+  const EncoderScratch& scratch = encoder.scratch;
   const uint32_t pairs = encoder.pairs();
-  for (uint32_t i = 0; i < pairs; i += 16) {
-    const float* table = encoder.rotary_of(tile);
-    if (encoder.rotary->interleaved != 0) {
-      const TurnedBlock<Element, true> block(*encoder.rotary, table, i);
-      quantize_block(encoder.scratch, tile, block, plan.steps_of, parity, trellis);
-    } else {
-      const TurnedBlock<Element, false> block(*encoder.rotary, table, i);
-      quantize_block(encoder.scratch, tile, block, plan.steps_of, parity, trellis);
-    }
-  }
-  for (uint32_t line = 2 * pairs; line < tile.channels; line += 32) {
-    const PlainBlock<Element> block(tile, line);
-    quantize_block(encoder.scratch, tile, block, plan.steps_of, parity, trellis);
-  }
+  for (uint32_t i = 0; i < pairs; i += 16)
+    quantize_block(scratch, tile, PairLines(pairs, i), i / 16, plan.steps_of, parity, trellis);
+  uint32_t index = encoder.first_plain_block();
+  for (uint32_t line = 2 * pairs; line < tile.channels; line += 32, ++index)
+    quantize_block(scratch, tile, PlainLines(tile, line), index, plan.steps_of, parity, trellis);
 }
 
 template <typename Element>
@@ -319,7 +310,7 @@ void quantize_tokens(const VectorEncoder& encoder, const Tile& tile, const TileP
   const EncoderScratch& scratch = encoder.scratch;
   const __m512i bytes = _mm512_load_si512(kNumberBytes.of_even_odd);
   const __m512 offset = _mm512_set1_ps(trellis_bias(parity));
-  const uint8_t* row = encoder.rows.row(tile.head, tile.token) + tile.channel * 2;
+  const uint8_t* row = encoder.row(tile);
   for (uint32_t t = 0; t < tile.tokens; ++t, row += encoder.rows.token_stride) {
     uint32_t step = plan.steps_of[t];
     if (step == ~0u) continue;

@@ -44,7 +44,7 @@ struct LosslessLines {
 
 struct LosslessEncoderScratch {
   LosslessLines tile[kInterleaved];
-  uint8_t stream[kInterleaved][kMaxStreamBytes + 64];
+  uint8_t stream[kInterleaved][kMaxStreamBytes + kWriterSlack];
   alignas(64) uint8_t rows[kTurnedBytes];
   alignas(64) uint8_t turned[4 * kTurnedBytes];
   uint32_t sum[kTileChannels];
@@ -249,7 +249,7 @@ struct LosslessEncoder {
       const LosslessLines& work = scratch.tile[i];
       const void* values = work.lines;
       if (Element::kRawBits != 0) values = work.words;
-      targets[i] = {scratch.stream[i] + sizeof scratch.stream[i],
+      targets[i] = {stream_body(scratch.stream[i]),
                     work.steps + work.step_count,
                     work.step_count,
                     values,
@@ -274,12 +274,9 @@ struct LosslessEncoder {
     }
     put_streams<true>(targets, count, nothing);
     for (uint32_t i = 0; i < count; ++i) {
-      uint8_t* stream = targets[i].at - kStateBytes;
-      _mm512_storeu_si512(stream, reversed_words(targets[i].x));
       TileEntry& entry = scratch.tile[i].entry;
-      entry.stream_bytes =
-          static_cast<uint16_t>(scratch.stream[i] + sizeof scratch.stream[i] - stream);
-      if (!writer.add(entry, stream)) return false;
+      entry.stream_bytes = static_cast<uint16_t>(finish_stream(targets[i], scratch.stream[i]));
+      if (!writer.add(entry, scratch.stream[i])) return false;
     }
     return true;
   }
