@@ -327,12 +327,30 @@ def test_statement_says_whether_the_goal_is_reached_on_every_cache():
     assert not statement.statement({"a": cache(0.3)})["is_reached"]
 
 
+def test_either_curve_of_ecq_reaches_the_goal_but_they_are_not_mixed():
+    def cache(*points: tuple[str, float, float]):
+        rows = [*points, (statement.REFERENCE, 4.5, 0.06)]
+        return [
+            {"codec": codec, "bits_per_value": bits, "output_error": out}
+            for codec, bits, out in rows
+        ]
+
+    even = cache(("ecq-3", 3.0, 0.1), ("ecq-4", 4.0, 0.05))
+    above = cache(("ecq-2.625/3", 2.8, 0.1), ("ecq-3.625/4", 3.8, 0.05))
+    both = statement.statement({"a": even + above[:-1]})
+    assert both["values_above_bits"]["a"] == pytest.approx(both["ecq_bits"]["a"] - 0.2)
+    assert both["ecq_bits"]["a"] > 3.7 and both["is_reached"]
+    assert not statement.statement({"a": even})["is_reached"]
+    assert not statement.statement({"a": even, "b": above})["is_reached"]
+
+
 def test_every_preset_has_a_row_and_aliases_have_none():
     named_specs = command.specs()
     texts = [CodecSpec.parse(text).text for text in named_specs.values()]
     assert len(texts) == len(set(texts))
     assert {CodecSpec.parse(name).text for name in PRESETS} <= set(texts)
     assert "balanced" not in named_specs and "ecq-3.5" in named_specs
+    assert CodecSpec.parse(named_specs["ecq-3.375/3.75"]).value.bits == 60
 
 
 def test_a_run_goes_on_where_it_broke_off_but_not_after_a_change(tmp_path: Path):

@@ -28,6 +28,8 @@ MODELS = ("qwen3_small", "qwen2_bias_small")
 IMPRINT = "keys=8,pairs=3,values=0.5"
 #: Points of the curve of ecq beside its presets.
 RATES = ("2", "3.5", "5", "6")
+#: Rates of keys and of values: the errors of both add up in the output, those of keys count less.
+VALUES_ABOVE = (("2.625", "3"), ("3.125", "3.5"), ("3.375", "3.75"), ("3.625", "4"))
 
 
 def specs() -> dict[str, str]:
@@ -41,6 +43,8 @@ def specs() -> dict[str, str]:
             found[name] = text
     for rate in RATES:
         found.setdefault(f"ecq-{rate}", f"key=ecq-{rate}-channel value=ecq-{rate}")
+    for key, value in VALUES_ABOVE:
+        found[f"ecq-{key}/{value}"] = f"key=ecq-{key}-channel value=ecq-{value}"
     return found
 
 

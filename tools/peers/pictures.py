@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peers.statement import is_ecq
+from peers.statement import has_values_above, is_ecq
 from peers.tables import caches_of, means
 
 Document = Mapping[str, Any]
@@ -76,8 +76,9 @@ def _scatter(panel: Any, document: Document, points: Points) -> None:
         if peer and peer["packed_bits"] not in (None, x):
             panel.plot([peer["packed_bits"], x], [y, y], ":", color=colour, linewidth=0.8)
             panel.plot(peer["packed_bits"], y, "|", color=colour)
-    curve = sorted(point for codec, point in points.items() if is_ecq(codec))
-    panel.plot(*zip(*curve, strict=True), color=_COLOURS[_OURS], linewidth=1)
+    for is_on, style in ((is_ecq, "-"), (has_values_above, "--")):
+        curve = sorted(point for codec, point in points.items() if is_on(codec))
+        panel.plot(*zip(*curve, strict=True), style, color=_COLOURS[_OURS], linewidth=1)
     panel.set_yscale("log")
     panel.set_xlabel("bits per value as stored, all metadata; dotted: to where packing would bring")
 

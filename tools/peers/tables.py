@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,25 +163,29 @@ def left_out_list(document: Document) -> str:
     return "".join(f"* {name}: {reason}.\n" for name, reason in reasons.items())
 
 
-def _mean(bits: Iterable[float | None]) -> str:
-    known = [value for value in bits if value is not None]
-    return f", mean {math.fsum(known) / len(known):.2f}" if known else ""
+def _at_equal_error(found: Mapping[str, float | None], goal: float) -> str:
+    caches = ", ".join(
+        f"{name} {'not between the measured points' if bits is None else f'{bits:.2f}'}"
+        for name, bits in found.items()
+    )
+    known = [bits for bits in found.values() if bits is not None]
+    reached = sum(bits <= goal for bits in known)
+    mean = f", mean {math.fsum(known) / len(known):.2f}" if known else ""
+    return f"{caches} ({goal} or less on {reached} of {len(found)}{mean})"
 
 
 def statement_text(document: Document) -> str:
     """The goal, and what was found."""
     found = document["statement"]
-    caches = ", ".join(
-        f"{name} {'not between the measured points' if bits is None else f'{bits:.2f}'}"
-        for name, bits in found["ecq_bits"].items()
+    even, above = (
+        _at_equal_error(found[curve], found["goal_bits"])
+        for curve in ("ecq_bits", "values_above_bits")
     )
-    goal = found["goal_bits"]
-    reached = sum(bits is not None and bits <= goal for bits in found["ecq_bits"].values())
     return (
         f"Bits at which `ecq` has the attention-output error of {found['reference']} "
-        f"({found['reference_bits']:.2f} bits), between measured points: {caches}. "
-        f"The goal is {goal} or less: reached on {reached} of {len(found['ecq_bits'])}"
-        f"{_mean(found['ecq_bits'].values())}.\n"
+        f"({found['reference_bits']:.2f} bits), between measured points. "
+        f"Keys and values at one rate: {even}. Values 3/8 bit above keys: {above}. "
+        f"The goal is {'' if found['is_reached'] else 'not '}reached.\n"
     )
 
 
