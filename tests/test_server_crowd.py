@@ -364,10 +364,10 @@ def test_only_who_waits_while_the_process_grows_is_ended(monkeypatch, waited, gr
 
 def test_a_call_is_ended_when_its_deadline_has_passed_and_not_before():
     deadlines, left = _receiving.Deadlines(), threading.Event()
-    with deadlines.wait_until(time.monotonic() + 60, left.set):
+    with deadlines.until(time.monotonic() + 60, left.set):
         deadlines.end_those_that_are_late()
         assert not left.is_set()
-    with deadlines.wait_until(time.monotonic() - 1, left.set):
+    with deadlines.until(time.monotonic() - 1, left.set):
         assert left.wait(10)  # the thread that looks at them all has come by
     left.clear()
     deadlines.end_those_that_are_late()
