@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -364,22 +365,26 @@ def test_opening_survives_any_failing_call(root: Path, calls: FailingCalls):
 
 def test_a_directory_that_comes_and_goes_never_raises(root: Path):
     """Somebody removes the whole root again and again while threads of another process work."""
-    stop_at = time.monotonic() + 1.0
+    opened, ended = multiprocessing.Event(), multiprocessing.Event()
 
     def work() -> None:
         backend = FileBackend(str(root), max_bytes=50_000)
-        while time.monotonic() < stop_at:
+        opened.set()
+        while not ended.is_set():
             for number in range(8):
                 assert isinstance(put(backend, number, b"x" * 1000), BackendError | None)
                 assert isinstance(get(backend, number), bytes | None)
 
     child = start_child(work)
+    assert opened.wait(60)  # a root that goes while a store is opened is a ConfigError
+    stop_at = time.monotonic() + 1.0
     while time.monotonic() < stop_at:
         try:
             remove_tree(root)
         except OSError:
             pass
         time.sleep(0.005)
+    ended.set()
     finish_child(child)
     backend = FileBackend(str(root))
     assert put(backend, 1, b"data") is None
