@@ -23,7 +23,7 @@ KVC_INLINE __m512i levelled_sixteen(__m512i exponent, __m512i reference) {
 // Sixteen groups: EcqGroups::scale(), and what follows from it.
 KVC_INLINE ChosenScales choose_sixteen(const EcqGroups& groups, uint32_t group, uint32_t count,
                                        const EcqScale& steps) {
-  const __mmask16 there = static_cast<__mmask16>(_bzhi_u32(0xFFFF, smaller_of(count, 16)));
+  const __mmask16 there = first_lines(count);
   const __m512 largest = _mm512_maskz_loadu_ps(there, groups.largest + group);
   const __m512 top = _mm512_maskz_loadu_ps(there, groups.top + group);
   const __mmask16 empty = _mm512_cmp_ps_mask(largest, _mm512_setzero_ps(), _CMP_EQ_OQ) &

@@ -27,20 +27,15 @@ struct EncodedTile {
 };
 static_assert(sizeof(EncodedTile) <= kCodedScratchBytes, "a worker's memory");
 
-struct EcqEncoder {
-  const SectionCodec& codec;
-  const Rows& rows;
-  const kvc_rotary* rotary;  // while tiles are derotated, else nullptr
+// Its rotary is set while tiles are derotated.
+struct EcqEncoder : EcqSection {
   EncodedTile& work;
-  EcqOrder order;
   uint32_t token_step = 1;  // every so many tokens of a tile are taken
 
-  uint32_t lines(const Tile& tile) const { return codec.channel ? tile.channels : tile.tokens; }
   uint32_t elements(const Tile& tile) const {
     return codec.channel ? tile.tokens / token_step : tile.channels;
   }
-  uint32_t stride() const { return codec.channel ? kTileTokens : kTileChannels; }
-  float* line(uint32_t index) const { return work.values + index * stride(); }
+  float* line(uint32_t index) const { return work.values + index * line_stride(); }
 };
 
 // False: a value outside the domain.
@@ -62,7 +57,7 @@ bool load_tile(const EcqEncoder& encoder, const Tile& tile) {
 }
 
 void derotate_tile(const EcqEncoder& encoder, const Tile& tile) {
-  const uint32_t pairs = encoder.rotary->size / 2;
+  const uint32_t pairs = encoder.pairs();
   const uint32_t step = encoder.token_step;
   for (uint32_t pair = 0; pair < pairs; ++pair) {
     float* a = encoder.line(encoder.order.line[2 * pair]);
@@ -305,7 +300,7 @@ bool choose_derotation(EcqEncoder& encoder, const kvc_rotary* rotary) {
 template <typename Element>
 size_t encode_section(const SectionCodec& codec, const Rows& rows, const kvc_rotary* rotary,
                       uint8_t* scratch, uint8_t* out) {
-  EcqEncoder encoder{codec, rows, nullptr, *reinterpret_cast<EncodedTile*>(scratch), {}};
+  EcqEncoder encoder{{codec, rows, nullptr, {}}, *reinterpret_cast<EncodedTile*>(scratch)};
   EncodedTile& work = encoder.work;
   if (can_derotate(codec, rows, rotary)) {
     const bool derotated = choose_derotation<Element>(encoder, rotary);
