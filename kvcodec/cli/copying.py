@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvcodec.backend import Backend, ObjectInfo
-from kvcodec.cli.crew import Crew, Pace
+from kvcodec.cli.crew import Pace
 from kvcodec.cli.listing import Listing, listed_objects
 from kvcodec.cli.output import Json
 from kvcodec.cli.pages import fault_of
 from kvcodec.cli.stores import PageReader
-from kvcodec.cli.verification import Findings
+from kvcodec.cli.verification import Findings, PageWork
 from kvcodec.errors import BackendError
 
 __all__ = ["Copier", "Copying", "missing_from"]
@@ -64,7 +63,7 @@ def missing_from(
     return Listing.of(info for info, is_there in zip(source, there, strict=True) if not is_there)
 
 
-class Copier:
+class Copier(PageWork[ObjectInfo, Copying]):
     """Copies pages on a few threads. What the target refuses is reported and holds nothing up."""
 
     def __init__(
@@ -79,15 +78,13 @@ class Copier:
         pace: Pace,
     ) -> None:
         """With `ask_target` the target is asked for each page whether it has it already."""
+        super().__init__(threads, Copying())
         self._source = source
         self._target = target
         self._timeout = timeout_seconds
         self._verify = verify
         self._ask_target = ask_target
         self._pace = pace
-        self._lock = threading.Lock()
-        self._crew: Crew[ObjectInfo] = Crew(threads)
-        self.result = Copying()
 
     def run(self, objects: Listing, heard: Callable[[ObjectInfo], None]) -> Copying:
         """Copy these pages; `heard` is told of each one, from any thread."""
@@ -139,11 +136,3 @@ class Copier:
         except BackendError:
             return False  # the put will say what is wrong
         return found is not None and found.stored_bytes == info.stored_bytes
-
-    def _note_failure(
-        self, what: str, info: ObjectInfo, error: BackendError, *, is_write: bool = False
-    ) -> None:
-        with self._lock:
-            self.result.note_failure(what, info, error, is_write=is_write)
-            if self.result.is_hopeless:
-                self._crew.stop()

@@ -4,18 +4,17 @@ after.
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kvcodec.backend import Backend, ObjectInfo
-from kvcodec.cli.crew import Crew, Pace
+from kvcodec.cli.crew import Pace
 from kvcodec.cli.listing import Listing
 from kvcodec.cli.output import Json
 from kvcodec.cli.pages import fault_of
 from kvcodec.cli.stores import PageReader
-from kvcodec.cli.verification import Findings
+from kvcodec.cli.verification import Findings, PageWork
 from kvcodec.errors import BackendError, PageError
 from kvcodec.format import EncodedPage
 from kvcodec.transcoding import Outcome, Transcoder
@@ -69,7 +68,7 @@ class Transcoding(Findings):
         return counts | self.faults_json()
 
 
-class StoreTranscoder:
+class StoreTranscoder(PageWork[ObjectInfo, Transcoding]):
     """Transcodes pages on a few threads, in place or into another store.
 
     In place nothing is written but smaller pages, each as a whole. A page that was replaced or
@@ -93,6 +92,7 @@ class StoreTranscoder:
         """`transcoder` makes one for each thread. No more than `limit` pages are transcoded, 0 for
         all. `target` is None for in place; with `ask_target` it is asked for each page.
         """
+        super().__init__(threads, Transcoding())
         self._source = source
         self._target = target
         self._timeout = timeout_seconds
@@ -102,10 +102,7 @@ class StoreTranscoder:
         self._ask_target = ask_target
         self._pace = pace
         self._transcoder = transcoder
-        self._lock = threading.Lock()
         self._begun = 0
-        self._crew: Crew[ObjectInfo] = Crew(threads)
-        self.result = Transcoding()
 
     def run(self, objects: Listing, heard: Callable[[ObjectInfo], None]) -> Transcoding:
         """Transcode these pages; `heard` is told of each one, from any thread."""
@@ -240,11 +237,3 @@ class StoreTranscoder:
             return self._target.stat(info.name, timeout_seconds=self._timeout) is not None
         except BackendError:
             return False  # the put will say what is wrong
-
-    def _note_failure(
-        self, what: str, info: ObjectInfo, error: BackendError, *, is_write: bool = False
-    ) -> None:
-        with self._lock:
-            self.result.note_failure(what, info, error, is_write=is_write)
-            if self.result.is_hopeless:
-                self._crew.stop()

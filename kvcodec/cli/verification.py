@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from kvcodec.backend import Backend, ObjectInfo
 from kvcodec.cli.crew import Crew
@@ -15,7 +16,7 @@ from kvcodec.cli.pages import fault_of
 from kvcodec.cli.stores import ObjectTooLarge, PageReader
 from kvcodec.errors import BackendError, PageError, UnsupportedPage
 
-__all__ = ["MOST_FAILURES_IN_A_ROW", "BadPage", "Findings", "Verification", "Verifier"]
+__all__ = ["MOST_FAILURES_IN_A_ROW", "BadPage", "Findings", "PageWork", "Verification", "Verifier"]
 
 #: A store that is away is asked no more after so many pages: each may cost a time-out.
 MOST_FAILURES_IN_A_ROW = 100
@@ -135,7 +136,28 @@ class Verification(Findings):
         } | self.faults_json()
 
 
-class Verifier:
+Task = TypeVar("Task")
+Result = TypeVar("Result", bound=Findings)
+
+
+class PageWork(Generic[Task, Result]):
+    """Work on pages that a few threads do, until a store has to be taken for away."""
+
+    def __init__(self, threads: int, result: Result) -> None:
+        self._lock = threading.Lock()
+        self._crew: Crew[Task] = Crew(threads)
+        self.result = result
+
+    def _note_failure(
+        self, what: str, info: ObjectInfo, error: BackendError, *, is_write: bool = False
+    ) -> None:
+        with self._lock:
+            self.result.note_failure(what, info, error, is_write=is_write)
+            if self.result.is_hopeless:
+                self._crew.stop()
+
+
+class Verifier(PageWork[tuple[int, ObjectInfo], Verification]):
     """Checks pages on a few threads; the checksums run without the GIL.
 
     Damaged and misplaced pages are handed to `dispose`, unsupported ones never: a newer kvcodec may
@@ -150,12 +172,10 @@ class Verifier:
         timeout_seconds: float,
         dispose: Disposal | None = None,
     ) -> None:
+        super().__init__(threads, Verification())
         self._backend = backend
         self._timeout = timeout_seconds
         self._dispose = dispose
-        self._lock = threading.Lock()
-        self._crew: Crew[tuple[int, ObjectInfo]] = Crew(threads)
-        self.result = Verification()
 
     def run(
         self,
@@ -185,10 +205,7 @@ class Verifier:
         try:
             data = reader.read(info.name, info.stored_bytes)
         except BackendError as error:
-            with self._lock:
-                result.note_failure("store", info, error)
-                if result.is_hopeless:
-                    self._crew.stop()
+            self._note_failure("store", info, error)
             return isinstance(error, ObjectTooLarge)
         fault = None if data is None else fault_of(info.name, data)
         with self._lock:
