@@ -13,7 +13,7 @@ from waiting import wait_until
 from kvcodec.errors import ConfigError
 from kvcodec_backends.memory import MemoryBackend
 from kvcodec_proto.v1 import service_pb2 as pb
-from kvcodec_server._frames import chunks, parse_get
+from kvcodec_server._frames import chunks
 from kvcodec_server.options import CHUNK_BYTES, ServerOptions
 from kvcodec_server.store_calls import StoreCalls
 from kvcodec_server.streams import GetStream, PutStream
@@ -143,13 +143,13 @@ def test_what_lies_in_memory_is_not_read_into_any(make):
     staged = calls.pipeline.buffers.allocated_bytes
     parts = reader(calls, options, 7, 9000)
     for number in range(2):
-        message, chunk = parse_get(next(parts))
-        assert message.outcome == pb.Outcome(status=pb.STATUS_OK, length=9000)
-        assert chunk == bytes([number]) * 9000
+        outcome = pb.Outcome(status=pb.STATUS_OK, length=9000)
+        message = pb.GetStreamResponse(outcome=outcome, chunk=bytes([number]) * 9000)
+        assert pb.GetStreamResponse.FromString(next(parts)) == message
     assert not store.calls
     assert calls.pipeline.buffers.allocated_bytes == staged
     for number in range(2, 6):
-        assert parse_get(next(parts))[1] == bytes([number]) * 9000
+        assert pb.GetStreamResponse.FromString(next(parts)).chunk == bytes([number]) * 9000
     (last,) = parts
     assert last.outcome.status == pb.STATUS_NOT_FOUND
     assert store.calls == [5], "what is read at all is read together"

@@ -255,12 +255,16 @@ def test_a_refused_call_keeps_its_connection(tmp_path):
         held = PageServiceStub(channel).PutStream.future(iter(lambda: time.sleep(9), 0))
         wait_until(lambda: stats(sidecar).calls == 2)
         backend, buffer = SidecarBackend.from_url(sidecar.url), memoryview(bytearray(9))
-        door = backend._opened()
+        door, connections = backend._opened(), set()
         line = door._line
         for _ in range(5):
-            (answer,) = backend.get_into([name()], [buffer], timeout_seconds=2)
+            (answer,) = backend.get_into([name()], [buffer], timeout_seconds=20)
             assert "max_streams" in str(answer)
+            (answer,) = backend.put([name()], [memoryview(bytes(9 << 20))], timeout_seconds=20)
+            assert "max_streams" in str(answer)
+            connections |= {call for _, call in door._idle}
         assert door._line is line
+        assert len(connections) == 1
         backend.close()
         held.cancel()
 

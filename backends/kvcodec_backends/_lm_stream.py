@@ -29,9 +29,10 @@ from kvcodec.backend import (
     closed_error,
     display_url,
 )
+from kvcodec.connection import Connection
 from kvcodec.errors import BackendError, ConfigError
 
-__all__ = ["Connection", "ConnectionEnded", "Item", "StreamBackend", "host_and_port"]
+__all__ = ["Item", "LMConnection", "StreamBackend", "host_and_port"]
 
 T = TypeVar("T")
 
@@ -44,35 +45,20 @@ _SCRATCH_BYTES = 1 << 18
 _NOTHING = memoryview(b"")
 
 
-class ConnectionEnded(ConnectionError):
-    """The server closed the connection in the middle of an answer."""
-
-
-class Connection:
-    """One TCP connection; every step ends by the deadline or raises `TimeoutError`."""
+class LMConnection(Connection):
+    """One connection, with what a protocol of requests and answers needs besides."""
 
     def __init__(self, host: str, port: int, deadline: Deadline) -> None:
+        super().__init__(host, port, deadline)
         #: Whether it waited for this call since an earlier one: the server may have gone since.
         self.was_idle = False
-        self._socket = _connect(host, port, deadline)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def send(self, data: bytes | memoryview, deadline: Deadline) -> None:
-        """Send all of it."""
-        self._socket.settimeout(_seconds(deadline))
-        self._socket.sendall(data)
 
     def receive_into(self, view: memoryview, deadline: Deadline) -> None:
         """Fill the view."""
         # A server that sends header and body apart waits for the first one's acknowledgement, which
         # Linux holds back for 40 ms unless told, again before each wait, not to.
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-        while len(view):
-            self._socket.settimeout(_seconds(deadline))
-            received = self._socket.recv_into(view)
-            if not received:
-                raise ConnectionEnded("the server closed the connection")
-            view = view[received:]
+        super().receive_into(view, deadline)
 
     def receive(self, size: int, deadline: Deadline) -> bytes:
         """The next `size` bytes; they should be few."""
@@ -87,39 +73,6 @@ class Connection:
             part = scratch[: min(size, len(scratch))]
             self.receive_into(part, deadline)
             size -= len(part)
-
-    def close(self) -> None:
-        """Let go of it. A parent's connection stays open for the parent."""
-        self._socket.close()
-
-
-def _connect(host: str, port: int, deadline: Deadline) -> socket.socket:
-    """To the first address of the host that answers, all of them within the deadline."""
-    refused: OSError | None = None
-    for family, kind, protocol, _, address in socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM
-    ):
-        found = socket.socket(family, kind, protocol)
-        try:
-            found.settimeout(_seconds(deadline))
-            found.connect(address)
-        except TimeoutError:
-            found.close()
-            raise
-        except OSError as error:
-            found.close()
-            refused = error
-        else:
-            return found
-    raise refused or ConnectionError(f"{host} has no address")
-
-
-def _seconds(deadline: Deadline) -> float:
-    """What a socket takes as a time-out: 0 would mean not to wait, and not to raise."""
-    seconds = deadline.remaining_seconds()
-    if seconds <= 0:
-        raise TimeoutError
-    return seconds
 
 
 def host_and_port(url: str, parts: SplitResult, example: str) -> tuple[str, int]:
@@ -149,32 +102,32 @@ class StreamBackend(Backend):
         self._url = url
         self._address = (host, port)
         self._lock = threading.Lock()
-        self._idle: list[Connection] = []
+        self._idle: list[LMConnection] = []
         self._owner = os.getpid()
         self._closed = False
         self._counts: Counter[str] = Counter(connections=0, lost_connections=0)
 
     @abc.abstractmethod
     def _put(
-        self, connection: Connection, items: Sequence[Item], deadline: Deadline
+        self, connection: LMConnection, items: Sequence[Item], deadline: Deadline
     ) -> Iterator[PutResult]:
         """Store objects."""
 
     @abc.abstractmethod
     def _get(
-        self, connection: Connection, items: Sequence[Item], deadline: Deadline
+        self, connection: LMConnection, items: Sequence[Item], deadline: Deadline
     ) -> Iterator[GetResult]:
         """Read objects into their memory."""
 
     @abc.abstractmethod
     def _exists(
-        self, connection: Connection, items: Sequence[Item], deadline: Deadline
+        self, connection: LMConnection, items: Sequence[Item], deadline: Deadline
     ) -> Iterator[bool]:
         """Whether objects are there."""
 
     @abc.abstractmethod
     def _stat(
-        self, connection: Connection, items: Sequence[Item], deadline: Deadline
+        self, connection: LMConnection, items: Sequence[Item], deadline: Deadline
     ) -> Iterator[ObjectInfo | None]:
         """Describe objects."""
 
@@ -223,7 +176,7 @@ class StreamBackend(Backend):
         verb: str,
         names: Sequence[str],
         timeout_seconds: float,
-        exchange: Callable[[Connection, Sequence[Item], Deadline], Iterator[T]],
+        exchange: Callable[[LMConnection, Sequence[Item], Deadline], Iterator[T]],
     ) -> list[T | BackendError]:
         items = [(name, _NOTHING) for name in checked_names(names)]
         return self._answers(verb, items, timeout_seconds, exchange, self.question_window)
@@ -233,7 +186,7 @@ class StreamBackend(Backend):
         verb: str,
         items: Sequence[Item],
         timeout_seconds: float,
-        exchange: Callable[[Connection, Sequence[Item], Deadline], Iterator[T]],
+        exchange: Callable[[LMConnection, Sequence[Item], Deadline], Iterator[T]],
         window: int = _WINDOW,
     ) -> list[T | BackendError]:
         """One answer per item.
@@ -249,7 +202,7 @@ class StreamBackend(Backend):
         deadline = Deadline(timeout_seconds)
         while len(answers) < len(items):
             had = len(answers)
-            connection: Connection | None = None
+            connection: LMConnection | None = None
             try:
                 connection = self._take(deadline)
                 while len(answers) < len(items):
@@ -287,17 +240,17 @@ class StreamBackend(Backend):
             self._lock = threading.Lock()
             self._close_idle()
 
-    def _take(self, deadline: Deadline) -> Connection:
+    def _take(self, deadline: Deadline) -> LMConnection:
         if deadline.passed():
             raise TimeoutError
         with self._lock:
             if self._idle:
                 return self._idle.pop()
-        connection = Connection(*self._address, deadline)
+        connection = LMConnection(*self._address, deadline)
         self._count("connections")
         return connection
 
-    def _give(self, connection: Connection) -> None:
+    def _give(self, connection: LMConnection) -> None:
         connection.was_idle = True
         with self._lock:
             if not self._closed and len(self._idle) < _MAX_IDLE:
@@ -311,7 +264,7 @@ class StreamBackend(Backend):
         for connection in idle:
             connection.close()
 
-    def _lose(self, connection: Connection | None) -> None:
+    def _lose(self, connection: LMConnection | None) -> None:
         if connection is not None:
             connection.close()
             self._count("lost_connections")

@@ -21,11 +21,11 @@ from kvcodec.backend import (
     closed_error,
     parse_options,
 )
+from kvcodec.connection import ConnectionEnded
 from kvcodec.errors import BackendError, BackendFull
 from kvcodec_backends._lm_stream import (
-    Connection,
-    ConnectionEnded,
     Item,
+    LMConnection,
     StreamBackend,
     host_and_port,
 )
@@ -86,7 +86,7 @@ class LMServerBackend(StreamBackend):
         )
 
     def _put(
-        self, connection: Connection, items: Sequence[Item], deadline: Deadline
+        self, connection: LMConnection, items: Sequence[Item], deadline: Deadline
     ) -> Iterator[PutResult]:
         """A put has no answer. The server takes requests in order, so that of the question behind
         it says that it has been done.
@@ -95,9 +95,8 @@ class LMServerBackend(StreamBackend):
             if len(view) > MAX_OBJECT_BYTES:
                 continue
             self._doubt(name)
-            connection.send(_request(_PUT, name, len(view)), deadline)
-            connection.send(view, deadline)
-            connection.send(_request(_EXIST, name), deadline)
+            request, question = _request(_PUT, name, len(view)), _request(_EXIST, name)
+            connection.send([request, view, question], deadline)
         for name, view in items:
             if len(view) > MAX_OBJECT_BYTES:
                 yield BackendFull(f"put {name}: {len(view)} bytes, lm:// takes {MAX_OBJECT_BYTES}")
@@ -110,9 +109,9 @@ class LMServerBackend(StreamBackend):
                 yield BackendError(f"put {name}: {self._url} did not keep the object")
 
     def _get(
-        self, connection: Connection, items: Sequence[Item], deadline: Deadline
+        self, connection: LMConnection, items: Sequence[Item], deadline: Deadline
     ) -> Iterator[GetResult]:
-        connection.send(b"".join(_request(_GET, name) for name, _ in items), deadline)
+        connection.send([_request(_GET, name) for name, _ in items], deadline)
         for name, buffer in items:
             status, length, *_ = _answer(connection, deadline)
             if status != _SUCCESS:
@@ -132,17 +131,17 @@ class LMServerBackend(StreamBackend):
             yield length if length > 0 else None
 
     def _exists(
-        self, connection: Connection, items: Sequence[Item], deadline: Deadline
+        self, connection: LMConnection, items: Sequence[Item], deadline: Deadline
     ) -> Iterator[bool]:
-        connection.send(b"".join(_request(_EXIST, name) for name, _ in items), deadline)
+        connection.send([_request(_EXIST, name) for name, _ in items], deadline)
         for name, _ in items:
             yield _answer(connection, deadline)[0] == _SUCCESS and name not in self._doubtful
 
     def _stat(
-        self, connection: Connection, items: Sequence[Item], deadline: Deadline
+        self, connection: LMConnection, items: Sequence[Item], deadline: Deadline
     ) -> Iterator[ObjectInfo | None]:
         """Costs the transfer of the object: no other question tells its length."""
-        connection.send(b"".join(_request(_GET, name) for name, _ in items), deadline)
+        connection.send([_request(_GET, name) for name, _ in items], deadline)
         for name, _ in items:
             status, length, _, _, _, high, low, *_ = _answer(connection, deadline)
             if status != _SUCCESS or length <= 0:
@@ -167,5 +166,5 @@ def _request(command: int, name: str, length: int = 0) -> bytes:
     return _REQUEST.pack(command, length, _BINARY_FORMAT, _UINT8, 0, length, high, low, 0, key)
 
 
-def _answer(connection: Connection, deadline: Deadline) -> tuple[int, ...]:
+def _answer(connection: LMConnection, deadline: Deadline) -> tuple[int, ...]:
     return _ANSWER.unpack(connection.receive(_ANSWER.size, deadline))

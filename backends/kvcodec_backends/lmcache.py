@@ -15,11 +15,11 @@ import re
 from collections.abc import Iterator, Sequence
 
 from kvcodec.backend import Deadline, GetResult, ObjectInfo, PutResult, closed_error, parse_options
+from kvcodec.connection import ConnectionEnded
 from kvcodec.errors import BackendError, BackendFull, BackendTimeout
 from kvcodec_backends._lm_stream import (
-    Connection,
-    ConnectionEnded,
     Item,
+    LMConnection,
     StreamBackend,
     host_and_port,
 )
@@ -80,10 +80,10 @@ class LMCacheBackend(StreamBackend):
         return answer
 
     def _list(
-        self, connection: Connection, items: Sequence[Item], deadline: Deadline
+        self, connection: LMConnection, items: Sequence[Item], deadline: Deadline
     ) -> Iterator[_Infos]:
         ((_, entry),) = items
-        connection.send(_header(Verb.LIST, 1, deadline) + bytes(entry), deadline)
+        connection.send([_header(Verb.LIST, 1, deadline), entry], deadline)
         count = _answer_count(connection, deadline)
         found: _Infos = []
         while len(found) < count:
@@ -96,13 +96,12 @@ class LMCacheBackend(StreamBackend):
         yield found
 
     def _put(
-        self, connection: Connection, items: Sequence[Item], deadline: Deadline
+        self, connection: LMConnection, items: Sequence[Item], deadline: Deadline
     ) -> Iterator[PutResult]:
         fitting = [item for item in items if len(item[1]) <= MAX_OBJECT_BYTES]
         header = _header(Verb.PUT, len(fitting), deadline)
         for name, view in fitting:
-            connection.send(header + _entry(name, len(view)), deadline)
-            connection.send(view, deadline)
+            connection.send([header, _entry(name, len(view)), view], deadline)
             header = b""
         if fitting:
             _check_count(connection, len(fitting), deadline)
@@ -114,10 +113,10 @@ class LMCacheBackend(StreamBackend):
             yield None if status is Status.FOUND else self._error("put", name, status)
 
     def _get(
-        self, connection: Connection, items: Sequence[Item], deadline: Deadline
+        self, connection: LMConnection, items: Sequence[Item], deadline: Deadline
     ) -> Iterator[GetResult]:
         entries = b"".join(_entry(name, len(buffer)) for name, buffer in items)
-        connection.send(_header(Verb.GET, len(items), deadline) + entries, deadline)
+        connection.send([_header(Verb.GET, len(items), deadline), entries], deadline)
         _check_count(connection, len(items), deadline)
         for name, buffer in items:
             status, length, _ = _answer(connection, deadline)
@@ -131,28 +130,28 @@ class LMCacheBackend(StreamBackend):
                 yield length
 
     def _exists(
-        self, connection: Connection, items: Sequence[Item], deadline: Deadline
+        self, connection: LMConnection, items: Sequence[Item], deadline: Deadline
     ) -> Iterator[bool]:
         for info in self._stat(connection, items, deadline):
             yield info is not None
 
     def _stat(
-        self, connection: Connection, items: Sequence[Item], deadline: Deadline
+        self, connection: LMConnection, items: Sequence[Item], deadline: Deadline
     ) -> Iterator[ObjectInfo | None]:
         for name, (status, length, seconds) in self._ask(Verb.STAT, connection, items, deadline):
             yield ObjectInfo(name, length, seconds) if status is Status.FOUND else None
 
     def _delete(
-        self, connection: Connection, items: Sequence[Item], deadline: Deadline
+        self, connection: LMConnection, items: Sequence[Item], deadline: Deadline
     ) -> Iterator[bool]:
         for _, (status, _, _) in self._ask(Verb.DELETE, connection, items, deadline):
             yield status is Status.FOUND
 
     def _ask(
-        self, verb: Verb, connection: Connection, items: Sequence[Item], deadline: Deadline
+        self, verb: Verb, connection: LMConnection, items: Sequence[Item], deadline: Deadline
     ) -> Iterator[tuple[str, tuple[Status, int, float]]]:
         entries = b"".join(_entry(name, 0) for name, _ in items)
-        connection.send(_header(verb, len(items), deadline) + entries, deadline)
+        connection.send([_header(verb, len(items), deadline), entries], deadline)
         _check_count(connection, len(items), deadline)
         for name, _ in items:
             yield name, _answer(connection, deadline)
@@ -175,19 +174,19 @@ def _entry(name: str, number: int) -> bytes:
     return ENTRY.pack(name_bytes(name), number)
 
 
-def _answer_count(connection: Connection, deadline: Deadline) -> int:
+def _answer_count(connection: LMConnection, deadline: Deadline) -> int:
     magic, count = ANSWERS.unpack(connection.receive(ANSWERS.size, deadline))
     if magic != MAGIC:
         raise ConnectionEnded("this is not kvcodec's server module; LMCache's own port is another")
     return int(count)
 
 
-def _check_count(connection: Connection, count: int, deadline: Deadline) -> None:
+def _check_count(connection: LMConnection, count: int, deadline: Deadline) -> None:
     if _answer_count(connection, deadline) != count:
         raise ConnectionEnded("the answer is to another question")
 
 
-def _answer(connection: Connection, deadline: Deadline) -> tuple[Status, int, float]:
+def _answer(connection: LMConnection, deadline: Deadline) -> tuple[Status, int, float]:
     status, length, seconds = ANSWER.unpack(connection.receive(ANSWER.size, deadline))
     try:
         return Status(status), length, seconds

@@ -15,14 +15,13 @@ from kvcodec_proto.v1 import service_pb2 as pb
 from kvcodec_proto.v1.service_pb2_grpc import PageServiceStub
 from kvcodec_server._client_link import Link
 from kvcodec_server._client_region import ClientRegion, Slot
-from kvcodec_server.status import error_of_call, get_result, put_result
+from kvcodec_server._client_streams import Metadata
+from kvcodec_server.status import as_backend_error, error_of_call, get_result, put_result
 
-__all__ = ["LocalDoor", "as_backend_error"]
+__all__ = ["LocalDoor"]
 
 # Objects of one call: more at once would wait for each other.
 _OBJECTS_PER_CALL = 64
-
-Metadata = tuple[tuple[str, str], ...]
 
 
 @dataclass(slots=True)
@@ -166,7 +165,7 @@ class LocalDoor:
                 wrong = BackendError(f"{len(answers)} answers for {len(group)} objects")
                 answers = [wrong] * len(group)
         except grpc.RpcError as error:
-            answers = [as_backend_error(error)] * len(group)
+            answers = [as_backend_error(error_of_call(error))] * len(group)
         except ValueError:  # the session ended, and with it its channel
             answers = [BackendError("the sidecar has ended the session")] * len(group)
         finally:
@@ -175,12 +174,6 @@ class LocalDoor:
                 parts = [(item.offset, item.size) for item in group]
                 session.doubt(call_id, parts, [(item.view, item.slot) for item in group])
         return answers
-
-
-def as_backend_error(error: grpc.RpcError) -> BackendError:
-    """Why a call failed. What only a caller can have done wrong was checked before."""
-    found = error_of_call(error)
-    return found if isinstance(found, BackendError) else BackendError(str(found))
 
 
 def _free(group: list[_Placed]) -> None:

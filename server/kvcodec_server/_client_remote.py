@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import grpc
-import numpy as np
 
 from kvcodec.backend import Deadline, GetResult, PutResult
-from kvcodec.errors import BackendError
-from kvcodec_proto.v1 import service_pb2 as pb
+from kvcodec.connection import Connection
+from kvcodec.errors import BackendError, BackendTimeout
 from kvcodec_proto.v1.service_pb2_grpc import PageServiceStub
-from kvcodec_server._client_local import as_backend_error
-from kvcodec_server._frames import chunks, parse_get, put_part, serialized
-from kvcodec_server.status import get_result, put_result
+from kvcodec_server import _client_streams as streams
+from kvcodec_server._client_streams import Metadata
+from kvcodec_server._http2 import Http2Call
 
-__all__ = ["RemoteDoor"]
+__all__ = ["Address", "RemoteDoor"]
 
 _OBJECTS_PER_CALL = 500
 # A connection that was left is closed after this time: calls on it that do hear something go on.
 _LEFT_SECONDS = 60.0
 _MAX_LEFT = 8
+# One for streams that has said nothing for this time is closed instead of used: whatever is between
+# may have forgotten it, and the server asks whether we are there after twice the time.
+_IDLE_SECONDS = 5.0
+_MAX_IDLE = 16
+# How long one attempt to connect may take: a server that stands still is one that does not answer.
+_CONNECT_SECONDS = 5.0
 # What only a sidecar says, of a connection that is well: who is refused for the crowd does not make
 # it larger.
 _HEARD = frozenset(
@@ -35,43 +43,65 @@ _HEARD = frozenset(
     }
 )
 
-Metadata = tuple[tuple[str, str], ...]
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a sidecar is, and with `tls` how to be sure: its certificate has `server_name`."""
+
+    host: str
+    port: int
+    tls: ssl.SSLContext | None = None
+    server_name: str = ""
+
+    def connect(self, deadline: Deadline) -> Http2Call:
+        """A connection for streams. Raises `OSError`."""
+        soon = Deadline(min(_CONNECT_SECONDS, deadline.remaining_seconds()))
+        connection = Connection(
+            self.host, self.port, soon, tls=self.tls, server_name=self.server_name
+        )
+        try:
+            if self.tls is not None and connection.protocol() != "h2":
+                raise ConnectionError("the server does not speak HTTP/2")
+            host = f"[{self.host}]" if ":" in self.host else self.host
+            authority = self.server_name or f"{host}:{self.port}"
+            return Http2Call(connection, "https" if self.tls else "http", authority, deadline)
+        except BaseException:
+            connection.close()
+            raise
 
 
 class _Line:
-    """One connection."""
+    """One connection for calls that move no objects."""
 
     def __init__(self, channel: grpc.Channel) -> None:
         self.channel = channel
         self.stub = PageServiceStub(channel)
-        self.get = channel.unary_stream(
-            "/kvcodec.v1.PageService/GetStream",
-            request_serializer=pb.GetStreamRequest.SerializeToString,
-            response_deserializer=parse_get,
-        )
-        self.put = channel.stream_unary(
-            "/kvcodec.v1.PageService/PutStream",
-            request_serializer=serialized,
-            response_deserializer=pb.PutStreamResponse.FromString,
-        )
         self.left_at = 0.0
 
 
 class RemoteDoor:
     """A sidecar at ``host:port``. Thread-safe; not for both sides of a fork.
 
-    A call that hears nothing leaves its connection to those that hear something, and the next call
-    makes another: what is between may have forgotten it without a word. Nor is gRPC quick to
+    Objects move over connections of our own, of one call at a time; everything else over gRPC's.
+
+    A call that hears nothing leaves gRPC's connection to those that hear something, and the next
+    call makes another: what is between may have forgotten it without a word. Nor is gRPC quick to
     connect again by itself: a channel that is asked all the time while its server is away says for
     2 to 40 seconds after its return that it cannot connect, whatever the backoff is set to.
     """
 
-    def __init__(self, open_channel: Callable[[], grpc.Channel], metadata: Metadata) -> None:
+    def __init__(
+        self, address: Address, open_channel: Callable[[], grpc.Channel], metadata: Metadata
+    ) -> None:
+        self._address = address
         self._open_channel = open_channel
         self._metadata = metadata
         self._lock = threading.Lock()
         self._line = _Line(open_channel())
         self._left: list[_Line] = []
+        self._idle: list[tuple[float, Http2Call]] = []
+        self._used: set[Http2Call] = set()
+        self._closed = False
 
     def stub(self, deadline: Deadline) -> tuple[PageServiceStub, Metadata]:
         """For calls that move no objects."""
@@ -80,8 +110,103 @@ class RemoteDoor:
 
     def suspect(self, stub: PageServiceStub, error: grpc.RpcError) -> None:
         """A call on this connection has failed, as after hearing nothing."""
-        if isinstance(error, grpc.Call) and error.code() in _HEARD:
-            return
+        if not (isinstance(error, grpc.Call) and error.code() in _HEARD):
+            self._leave(stub)
+
+    def get(self, pairs: Sequence[tuple[str, memoryview]], deadline: Deadline) -> list[GetResult]:
+        """Read objects into memory. What was not reached has the error of the call."""
+        results: list[GetResult] = []
+        for at in range(0, len(pairs), _OBJECTS_PER_CALL):
+            part = pairs[at : at + _OBJECTS_PER_CALL]
+            try:
+                with self._call(deadline) as call:
+                    for result in streams.get(call, part, self._metadata, deadline):
+                        results.append(result)  # those before an error count, too
+            except BackendError as error:
+                results += [error] * (at + len(part) - len(results))
+        return results
+
+    def put(self, pairs: Sequence[tuple[str, memoryview]], deadline: Deadline) -> list[PutResult]:
+        """Store objects from memory, which is not read after the return."""
+        results: list[PutResult] = []
+        for at in range(0, len(pairs), _OBJECTS_PER_CALL):
+            part = pairs[at : at + _OBJECTS_PER_CALL]
+            try:
+                with self._call(deadline) as call:
+                    results += streams.put(call, part, self._metadata, deadline)
+            except BackendError as error:
+                results += [error] * len(part)
+        return results
+
+    def close(self) -> None:
+        """Close the connections; calls under way end."""
+        with self._lock:
+            self._closed = True
+            for call in self._used:
+                call.connection.abort()
+        self._close_idle()
+        for line in [*self._left, self._line]:
+            line.channel.close()
+
+    @contextmanager
+    def _call(self, deadline: Deadline) -> Iterator[Http2Call]:
+        """A connection for one call, kept for the next if that ended well. What it raises is a
+        `BackendError` afterwards.
+        """
+        line, call = self._line, None
+        try:
+            call = self._take(deadline)
+            yield call
+        except TimeoutError as error:
+            self._leave(line.stub)
+            raise BackendTimeout("the sidecar was not heard in time") from error
+        except OSError as error:
+            raise BackendError(f"{self._address.host}:{self._address.port}: {error}") from error
+        finally:
+            if call is not None:
+                self._give(call)
+
+    def _take(self, deadline: Deadline) -> Http2Call:
+        call: Http2Call | None = None
+        while call is None:
+            with self._lock:
+                since, call = self._idle.pop() if self._idle else (0.0, None)
+            if call is None:
+                call = self._address.connect(deadline)
+            elif time.monotonic() - since > _IDLE_SECONDS or not call.is_usable(deadline):
+                call.connection.close()
+                call = None
+        with self._lock:
+            self._used.add(call)
+            if self._closed:
+                call.connection.abort()
+        return call
+
+    def _give(self, call: Http2Call) -> None:
+        old: list[Http2Call] = []
+        now = time.monotonic()
+        with self._lock:
+            self._used.discard(call)
+            if call.ended and not self._closed:
+                self._idle.append((now, call))
+                old = [call for since, call in self._idle if now - since > _IDLE_SECONDS]
+                old += [call for _, call in self._idle[:-_MAX_IDLE] if call not in old]
+                self._idle = [(since, call) for since, call in self._idle if call not in old]
+            else:
+                old.append(call)
+        for each in old:
+            each.connection.close()
+
+    def _close_idle(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for _, call in idle:
+            call.connection.close()
+
+    def _leave(self, stub: PageServiceStub) -> None:
+        """Let later calls make other connections, unless they do already."""
+        # Whatever ails one, those that wait idle have it too.
+        self._close_idle()
         now = time.monotonic()
         with self._lock:
             if self._line.stub is not stub:
@@ -94,118 +219,3 @@ class RemoteDoor:
             self._left = [line for line in self._left if line not in silent]
         for line in silent:
             line.channel.close()
-
-    def get(self, pairs: Sequence[tuple[str, memoryview]], deadline: Deadline) -> list[GetResult]:
-        """Read objects into memory. What was not reached has the error of the call."""
-        results: list[GetResult] = []
-        for at in range(0, len(pairs), _OBJECTS_PER_CALL):
-            results += self._get(pairs[at : at + _OBJECTS_PER_CALL], deadline)
-        return results
-
-    def put(self, pairs: Sequence[tuple[str, memoryview]], deadline: Deadline) -> list[PutResult]:
-        """Store objects from memory, which is not read after the return."""
-        results: list[PutResult] = []
-        for at in range(0, len(pairs), _OBJECTS_PER_CALL):
-            results += self._put(pairs[at : at + _OBJECTS_PER_CALL], deadline)
-        return results
-
-    def close(self) -> None:
-        """Close the connections; calls under way end."""
-        for line in [*self._left, self._line]:
-            line.channel.close()
-
-    def _get(self, pairs: Sequence[tuple[str, memoryview]], deadline: Deadline) -> list[GetResult]:
-        results: list[GetResult] = []
-        line = self._line
-        rooms = [pb.ObjectRoom(name=name, capacity=len(view)) for name, view in pairs]
-        try:
-            parts = line.get(
-                pb.GetStreamRequest(objects=rooms),
-                timeout=deadline.remaining_seconds(),
-                metadata=self._metadata,
-            )
-            try:
-                for _, view in pairs:
-                    results.append(_read(parts, view))
-            finally:
-                parts.cancel()
-        except grpc.RpcError as error:
-            found = as_backend_error(error)
-            if not results:
-                self.suspect(line.stub, error)
-            results += [found] * (len(pairs) - len(results))
-        except (BackendError, ValueError) as error:
-            results += [BackendError(str(error))] * (len(pairs) - len(results))
-        return results
-
-    def _put(self, pairs: Sequence[tuple[str, memoryview]], deadline: Deadline) -> list[PutResult]:
-        parts, line = _Parts(pairs), self._line
-        try:
-            response = line.put(
-                parts, timeout=deadline.remaining_seconds(), metadata=self._metadata
-            )
-            if len(response.outcomes) == len(pairs):
-                return [put_result(outcome) for outcome in response.outcomes]
-            error = BackendError(f"{len(response.outcomes)} answers for {len(pairs)} objects")
-        except grpc.RpcError as call:
-            error = as_backend_error(call)
-            self.suspect(line.stub, call)
-        except ValueError as closed:
-            error = BackendError(str(closed))
-        finally:
-            parts.stop()
-        return [error] * len(pairs)
-
-
-def _read(
-    parts: Iterator[tuple[pb.GetStreamResponse | None, memoryview]], view: memoryview
-) -> GetResult:
-    """The next object of a stream, checked against the room for it before anything is written."""
-    message, chunk = next(parts, (None, memoryview(b"")))
-    if message is None or not message.HasField("outcome"):
-        raise BackendError("the sidecar broke the form of a stream: no outcome")
-    result = get_result(message.outcome, len(view))
-    if not isinstance(result, int) or message.outcome.status != pb.STATUS_OK:
-        return result
-    at = 0
-    while chunk and at + len(chunk) <= result:
-        target = np.frombuffer(view, np.uint8)  # an assignment to the view would hold the GIL
-        target[at : at + len(chunk)] = np.frombuffer(chunk, np.uint8)
-        at += len(chunk)
-        if at == result:
-            return result
-        _, chunk = next(parts, (None, memoryview(b"")))
-    raise BackendError(f"the sidecar broke off an object of {result} bytes after {at}")
-
-
-class _Parts:
-    """The messages of a put, made when they are sent: by gRPC's thread, until the call is over."""
-
-    def __init__(self, pairs: Sequence[tuple[str, memoryview]]) -> None:
-        self._parts = self._all(pairs)
-        self._lock = threading.Lock()
-        self._stopped = False
-
-    def __iter__(self) -> Iterator[pb.PutStreamRequest | bytes]:
-        return self
-
-    def __next__(self) -> pb.PutStreamRequest | bytes:
-        with self._lock:
-            if self._stopped:
-                raise StopIteration
-            return next(self._parts)
-
-    def stop(self) -> None:
-        """The memory of the objects is read no more."""
-        with self._lock:
-            self._stopped = True
-
-    def _all(
-        self, pairs: Sequence[tuple[str, memoryview]]
-    ) -> Iterator[pb.PutStreamRequest | bytes]:
-        yield pb.PutStreamRequest(header=pb.PutStreamHeader())
-        for name, view in pairs:
-            start = pb.ObjectStart(name=name, length=len(view))
-            message = pb.PutStreamRequest(start=start)
-            for index, chunk in enumerate(chunks(view)):
-                yield put_part(None if index else message, chunk)

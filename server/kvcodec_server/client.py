@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import ssl
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,8 +32,9 @@ from kvcodec.backend import (
 from kvcodec.errors import BackendError, BackendTimeout, ConfigError
 from kvcodec_proto.v1 import service_pb2 as pb
 from kvcodec_server._client_link import CHANNEL_OPTIONS
-from kvcodec_server._client_local import LocalDoor, as_backend_error
-from kvcodec_server._client_remote import RemoteDoor
+from kvcodec_server._client_local import LocalDoor
+from kvcodec_server._client_remote import Address, RemoteDoor
+from kvcodec_server.status import as_backend_error, error_of_call
 
 __all__ = ["DEFAULT_REGION_BYTES", "SidecarBackend"]
 
@@ -113,6 +115,9 @@ class SidecarBackend(Backend):
         shown = display_url(url)
         if not _TARGET.fullmatch(parts.netloc) or parts.path not in ("", "/") or parts.fragment:
             raise ConfigError(f"{shown!r}: wanted sidecar://host:port, or sidecar+unix:///path")
+        host, _, port = parts.netloc.rpartition(":")
+        if not 0 < int(port) < 1 << 16:
+            raise ConfigError(f"{shown!r}: the port is {port}, allowed are 1 to 65535")
         tls = options.pop("tls", "0")
         if tls not in ("0", "1"):
             raise ConfigError(f"{shown!r}: tls is {tls!r}, allowed is 0 or 1")
@@ -126,8 +131,9 @@ class SidecarBackend(Backend):
             for name, path in options.items()
             if name.endswith("_file")
         }
-        credentials = None
+        context = credentials = None
         if tls == "1":
+            context = _tls_context(shown, options, files)
             credentials = grpc.ssl_channel_credentials(
                 files.get("ca_file"), files.get("key_file"), files.get("certificate_file")
             )
@@ -144,7 +150,8 @@ class SidecarBackend(Backend):
         if "token_file" in files:
             token = files["token_file"].decode().strip()
             metadata = (("authorization", f"Bearer {token}"),)
-        return cls(url, lambda _: RemoteDoor(open_channel, metadata))
+        address = Address(host.strip("[]"), int(port), context, options.get("server_name", ""))
+        return cls(url, lambda _: RemoteDoor(address, open_channel, metadata))
 
     def put(
         self, names: Sequence[str], objects: Sequence[memoryview], *, timeout_seconds: float
@@ -273,7 +280,7 @@ class SidecarBackend(Backend):
             left = deadline.remaining_seconds()
             return getattr(stub, verb)(request, timeout=left, metadata=metadata)
         except grpc.RpcError as error:
-            found = as_backend_error(error)
+            found = as_backend_error(error_of_call(error))
             door.suspect(stub, error)
             return found
         except ValueError as error:  # the channel was closed meanwhile
@@ -291,6 +298,24 @@ def _content(url: str, name: str, path: str) -> bytes:
         raise ConfigError(f"{url!r}: {name} cannot be read: {error}") from error
 
 
+def _tls_context(
+    url: str, options: Mapping[str, str], files: Mapping[str, bytes]
+) -> ssl.SSLContext:
+    """How connections for streams are made; gRPC's own have the same files."""
+    try:
+        authorities = files["ca_file"].decode("ascii") if "ca_file" in files else None
+        context = ssl.create_default_context(cadata=authorities)
+        if "certificate_file" in options:
+            # No password: an encrypted key would otherwise be asked for on the terminal.
+            context.load_cert_chain(
+                options["certificate_file"], options["key_file"], password=lambda: ""
+            )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{url!r}: its certificates cannot be used: {error}") from error
+    context.set_alpn_protocols(["h2"])
+    return context
+
+
 def _parts_of(names: Sequence[str]) -> Iterator[Sequence[str]]:
     return (names[at : at + _NAMES_PER_CALL] for at in range(0, len(names), _NAMES_PER_CALL))
 
@@ -300,7 +325,7 @@ def _listed(responses: Iterator[pb.ListResponse]) -> Iterator[ObjectInfo]:
         for response in responses:
             yield from map(_info, response.objects)
     except grpc.RpcError as error:
-        raise as_backend_error(error) from error
+        raise as_backend_error(error_of_call(error)) from error
 
 
 def _info(stored: pb.StoredObject) -> ObjectInfo:

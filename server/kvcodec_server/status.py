@@ -27,9 +27,11 @@ from kvcodec_proto.v1 import service_pb2 as pb
 
 __all__ = [
     "STATUS_TRAILER",
+    "as_backend_error",
     "code_of",
     "error_of",
     "error_of_call",
+    "error_of_status",
     "get_outcome",
     "get_result",
     "outcome_of",
@@ -60,6 +62,7 @@ _TABLE: tuple[tuple[type[KVCodecError], pb.Status, grpc.StatusCode], ...] = (
 )
 _STATUS = {error: status for error, status, _ in _TABLE}
 _ERROR = {status: error for error, status, _ in _TABLE}
+_NUMBERED = {int(status): status for _, status, _ in _TABLE}
 _CODE = {status: code for _, status, code in _TABLE}
 
 
@@ -75,20 +78,32 @@ def code_of(error: KVCodecError) -> tuple[grpc.StatusCode, tuple[tuple[str, str]
 
 
 def error_of_call(error: grpc.RpcError) -> KVCodecError:
-    """Why a call failed as a whole.
+    """Why a call failed as a whole."""
+    assert isinstance(error, grpc.Call)
+    number = next((v for k, v in error.trailing_metadata() or () if k == STATUS_TRAILER), "")
+    return error_of_status(error.code(), str(error.details() or ""), number)
+
+
+def error_of_status(code: grpc.StatusCode, detail: str, trailer: str | bytes) -> KVCodecError:
+    """What the status of a call says, and the trailer `STATUS_TRAILER`, which may be empty.
 
     Without the trailer the status is gRPC's or the network's own: a deadline is a deadline, and
     anything else means that the sidecar could not be asked.
     """
-    assert isinstance(error, grpc.Call)
-    code, detail = error.code(), str(error.details() or "")
-    number = next((v for k, v in error.trailing_metadata() or () if k == STATUS_TRAILER), "")
-    status = int(number) if isinstance(number, str) and re.fullmatch(r"\d{1,3}", number) else 0
-    if status in _ERROR:
-        return error_of(pb.Outcome(status=pb.Status.ValueType(status), detail=detail))
+    is_number = isinstance(trailer, str) and re.fullmatch(r"\d{1,3}", trailer)
+    status = _NUMBERED.get(int(trailer)) if is_number else None
+    if status is not None:
+        return error_of(pb.Outcome(status=status, detail=detail))
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return BackendTimeout(detail)
     return BackendError(f"{code.name.lower()}: {detail}")
+
+
+def as_backend_error(error: KVCodecError) -> BackendError:
+    """A backend answers with errors of stores alone. What only a caller can have done wrong was
+    checked before.
+    """
+    return error if isinstance(error, BackendError) else BackendError(str(error))
 
 
 def outcome_of(error: KVCodecError) -> pb.Outcome:
@@ -143,7 +158,7 @@ def get_result(outcome: pb.Outcome, capacity: int) -> GetResult:
         if fits == (outcome.status == pb.STATUS_OK) and outcome.length:
             return outcome.length
         return BackendError(f"the sidecar says {outcome.length} bytes for a room of {capacity}")
-    return _backend_error(outcome)
+    return as_backend_error(error_of(outcome))
 
 
 def put_outcome(result: PutResult, length: int) -> pb.Outcome:
@@ -155,13 +170,7 @@ def put_outcome(result: PutResult, length: int) -> pb.Outcome:
 
 def put_result(outcome: pb.Outcome) -> PutResult:
     """The inverse of `put_outcome`."""
-    return None if outcome.status == pb.STATUS_OK else _backend_error(outcome)
-
-
-def _backend_error(outcome: pb.Outcome) -> BackendError:
-    """A backend answers with errors of stores alone."""
-    error = error_of(outcome)
-    return error if isinstance(error, BackendError) else BackendError(str(error))
+    return None if outcome.status == pb.STATUS_OK else as_backend_error(error_of(outcome))
 
 
 def worst_label(outcomes: Iterable[pb.Outcome]) -> str:
