@@ -5,7 +5,7 @@
 Same node: batches of kv4 pages of Llama-3.1-8B geometry are backed up and prefetched through
 shared memory and by the store in this process, in turns. Remote: the same encoded pages through
 streams on the loopback interface, beside bare gRPC streams of the same chunks in the same run: one
-that moves bytes and nothing else, and one with the same store behind it.
+that moves messages and nothing else, and one with the same store behind it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,14 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import grpc
 import numpy as np
+from bench_streams import bench_streams
 from rich.console import Console
 from rich.table import Table
 
@@ -35,7 +33,6 @@ from kvcodec.pipeline import Pipeline, StoreOptions
 from kvcodec.plan import PagePlan
 from kvcodec.spec import CodecSpec
 from kvcodec.store import PageStore
-from kvcodec_server._frames import chunks
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -115,133 +112,10 @@ def bench_same_node(directory: Path, store: str, page_count: int, rounds: int) -
     }
 
 
-# A store of one copy each way: what a tier does besides is no matter of the stream.
-REMOTE_STORE = "memory://?max_bytes=2GiB"
-
-BARE_SERVER = """
-import os, sys, time
-from concurrent import futures
-import grpc
-from kvcodec.backend import open_backend
-from kvcodec_server.malloc import keep_freed_memory
-keep_freed_memory()
-page_count, size, chunk_bytes = map(int, sys.argv[1:4])
-store = open_backend(sys.argv[4])
-names = [f"{0:032x}/{index:064x}" for index in range(page_count)]
-chunks = [os.urandom(chunk_bytes) for _ in range(page_count * -(-size // chunk_bytes))]
-page = memoryview(bytearray(size))
-def get(request, context):
-    return iter(chunks)
-def put(requests, context):
-    return b"%d" % sum(map(len, requests))
-def get_stored(request, context):
-    for name in names:
-        store.get_into([name], [page], timeout_seconds=60)
-        for at in range(0, size, chunk_bytes):
-            yield bytes(page[at:at + chunk_bytes])
-def put_stored(requests, context):
-    for name in names:
-        parts = [next(requests) for _ in range(0, size, chunk_bytes)]
-        data = parts[0] if len(parts) == 1 else b"".join(parts)
-        store.put([name], [memoryview(data)], timeout_seconds=60)
-    return b""
-generic = grpc.method_handlers_generic_handler("bare", {
-    **{call.__name__: grpc.unary_stream_rpc_method_handler(call) for call in (get, get_stored)},
-    **{call.__name__: grpc.stream_unary_rpc_method_handler(call) for call in (put, put_stored)}})
-server = grpc.server(futures.ThreadPoolExecutor(4), options=[
-    ("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)])
-server.add_generic_rpc_handlers((generic,))
-print(server.add_insecure_port("127.0.0.1:0"), flush=True)
-server.start()
-time.sleep(3600)
-"""
-
-
-def processor_seconds(pid: int) -> float:
-    """Of all threads that this process has had."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def bench_remote(directory: Path, _: str, page_count: int, rounds: int) -> dict[str, object]:
-    """Encoded pages through streams, and bare streams of as many chunks of the same size.
-
-    The client of all of them is this process, which copies what it gets into the same buffers. The
-    one bare server has its chunks ready and drops what it is sent; the other reads them from such a
-    store as the sidecar has, and writes them to it.
-    """
+def bench_remote(_: Path, __: str, page_count: int, rounds: int) -> dict[str, object]:
+    """Encoded pages of that size through streams."""
     size = PagePlan.build(NAMESPACE, CodecSpec.parse("kv4").section_codecs(LAYOUT), 64).page_bytes
-    chunk_bytes = len(next(chunks(memoryview(bytes(size)))))
-    per_page = -(-size // chunk_bytes)
-    names = [f"{0:032x}/{index:064x}" for index in range(page_count)]
-    pages = [memoryview(bytearray(os.urandom(size))) for _ in names]
-    arguments = [str(page_count), str(size), str(chunk_bytes), REMOTE_STORE]
-    bare = subprocess.Popen(
-        [sys.executable, "-c", BARE_SERVER, *arguments], stdout=subprocess.PIPE, text=True
-    )
-    assert bare.stdout is not None
-    channel = grpc.insecure_channel(
-        f"127.0.0.1:{bare.stdout.readline().strip()}",
-        options=[("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)],
-    )
-
-    def bare_get(method: str) -> None:
-        for index, chunk in enumerate(channel.unary_stream(f"/bare/{method}")(b"", timeout=60)):
-            page, at = pages[index // per_page], index % per_page * chunk_bytes
-            page[at : at + len(chunk)] = chunk[: size - at]
-
-    def bare_put(method: str) -> None:
-        parts = (
-            bytes(page[at : at + chunk_bytes])
-            for page in pages
-            for at in range(0, size, chunk_bytes)
-        )
-        channel.stream_unary(f"/bare/{method}")(parts, timeout=60)
-
-    seconds: dict[str, list[float]] = {}
-    processor: Counter[str] = Counter()
-    with Sidecar(directory, REMOTE_STORE) as sidecar:
-        backend = open_backend(sidecar.url)
-        calls: dict[str, Callable[[], object]] = {
-            "put": lambda: backend.put(names, pages, timeout_seconds=60),
-            "bare put": lambda: bare_put("put"),
-            "bare put with store": lambda: bare_put("put_stored"),
-            "get": lambda: backend.get_into(names, pages, timeout_seconds=60),
-            "bare get": lambda: bare_get("get"),
-            "bare get with store": lambda: bare_get("get_stored"),
-        }
-        for index in range(rounds + 1):  # the first fills the stores, and does not count
-            for name in list(calls) if index % 2 == 0 else reversed(calls):
-                server = bare.pid if name.startswith("bare") else sidecar.pid
-                before = processor_seconds(os.getpid()) + processor_seconds(server)
-                started = time.perf_counter()
-                answers = calls[name]()
-                if index:
-                    seconds.setdefault(name, []).append(time.perf_counter() - started)
-                    used = processor_seconds(os.getpid()) + processor_seconds(server) - before
-                    processor[name] += used
-                assert answers in (None, [None] * page_count, [size] * page_count), answers
-        backend.close()
-    bare.terminate()
-    bare.wait()
-    ratio = {
-        f"{verb}{kind}": [
-            own / through
-            for own, through in zip(seconds[f"bare {verb}{kind}"], seconds[verb], strict=True)
-        ]
-        for verb in ("get", "put")
-        for kind in ("", " with store")
-    }
-    return {
-        "store": REMOTE_STORE.partition("?")[0],
-        "pages": page_count,
-        "moved": "encoded pages",
-        "bytes_per_page": size,
-        "chunk_bytes": chunk_bytes,
-        "processor_seconds": {name: used / rounds for name, used in processor.items()},
-        "seconds": seconds,
-        "ratio": ratio,
-    }
+    return bench_streams(page_count, size, rounds)
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
@@ -264,6 +138,13 @@ def show(results: dict[str, dict[str, object]]) -> None:
             row = (kind, operation, f"{speed:.2f}", result["moved"], times)
             table.add_row(*row)
     Console().print(table)
+    remote = results.get("remote")
+    if remote is not None:
+        table = Table("call", "processor seconds", "another thread late, ms", title="streams")
+        for name, used in remote["processor_seconds"].items():
+            late = statistics.median(remote["late_seconds"][name])
+            table.add_row(name, f"{used:.3f}", f"{1000 * late:.2f}")
+        Console().print(table)
 
 
 def plot(results: dict[str, dict[str, object]], path: Path) -> None:
@@ -273,7 +154,7 @@ def plot(results: dict[str, dict[str, object]], path: Path) -> None:
     from matplotlib import pyplot
 
     bars = [
-        (f"{kind}\n{operation}".replace(" with", "\nwith"), ratios)
+        (f"{kind}\n{operation}".replace(" with", "\nwith").replace(" dropped", "\ndropped"), ratios)
         for kind, result in results.items()
         for operation, ratios in result["ratio"].items()
     ]

@@ -19,13 +19,15 @@ class SidecarFailed(Exception):
 
 
 @contextmanager
-def sidecar(store_url: str, log: Path) -> Iterator[str]:
-    """The URL under which an engine reaches a sidecar that keeps its pages in that store."""
+def sidecar(store_url: str, log: Path, *more: str) -> Iterator[str]:
+    """The URL under which an engine reaches a sidecar that keeps its pages in that store, and has
+    `more` flags.
+    """
     with tempfile.TemporaryDirectory(prefix="kvcodec-") as folder, log.open("wb") as output:
         socket = Path(folder) / "kvcodec.sock"  # short: a socket's path has 107 bytes at most
         command = [str(Path(sys.executable).with_name("kvcodec")), "serve"]
         command += [f"--store.url={store_url}", "--store.ram_bytes=64MiB"]
-        command += [f"--listen.unix={socket}", "--http.address="]
+        command += [f"--listen.unix={socket}", "--http.address=", *more]
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
         )

@@ -2,9 +2,10 @@
 
     make soak-sidecar
 
-Clients put, find and read batches of pages that nobody has seen before, so the memory tier and the
-store evict all the time. To reach after warm-up: no growth of the sidecar's resident memory beyond
-1 %, and as many descriptors and threads in the end as then. Every page read is compared.
+Clients, on the node and over TCP, put, find and read batches of pages that nobody has seen before,
+so the memory tier and the store evict all the time. To reach after warm-up: no growth of the
+sidecar's resident memory beyond 1 %, and as many descriptors and threads in the end as then, and as
+many descriptors of the clients. Every page read is compared.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ import threading
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
 from demo_sidecar import sidecar
+from real_server import free_port
 from rich.console import Console
 from rich.progress import Progress
 
@@ -88,17 +92,23 @@ def main() -> None:
     parser.add_argument("--pages", type=int, default=_DAY_PAGES)
     parser.add_argument("--page-bytes", type=int, default=16 << 10)
     parser.add_argument("--clients", type=int, default=2)
+    parser.add_argument("--remote-clients", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     console = Console(stderr=True)
     samples: list[dict[str, int]] = []
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         store = f"file://{folder}/store?engine=segments&max_bytes=512MiB"
-        with sidecar(store, Path(folder) / "log") as url, Progress(console=console) as progress:
+        address = f"127.0.0.1:{free_port()}"
+        with (
+            sidecar(store, Path(folder) / "log", f"--listen.tcp={address}") as url,
+            Progress(console=console) as progress,
+        ):
             pid = _pid_of(url.removeprefix("sidecar+unix://"))
-            backends = [open_backend(url) for _ in range(options.clients)]
+            urls = [url] * options.clients + [f"sidecar://{address}"] * options.remote_clients
+            backends = [open_backend(url) for url in urls]
             clients = [Client(backend, options.page_bytes) for backend in backends]
-            share = options.pages // options.clients
+            share = options.pages // len(clients)
             threads = [threading.Thread(target=client.work, args=(share,)) for client in clients]
             task = progress.add_task("pages", total=options.pages)
             for thread in threads:
@@ -106,7 +116,8 @@ def main() -> None:
             while any(thread.is_alive() for thread in threads):
                 time.sleep(1.0)
                 pages = sum(client.pages for client in clients)
-                samples.append({"pages": pages} | look_at(pid))
+                own = {f"client_{name}": held for name, held in look_at(os.getpid()).items()}
+                samples.append({"pages": pages} | look_at(pid) | own)
                 progress.update(task, completed=pages)
             for backend in backends:
                 backend.close()
@@ -128,7 +139,8 @@ def main() -> None:
     console.print_json(json.dumps(result))
     if options.json:
         options.json.write_text(json.dumps(result | {"samples": samples}, indent=1) + "\n")
-    held = all(warm[0][name] == warm[-1][name] for name in ("descriptors", "threads"))
+    constant = ("descriptors", "threads", "client_descriptors")
+    held = all(warm[0][name] == warm[-1][name] for name in constant)
     sys.exit(0 if held and not result["wrong"] and result["rss_growth"] < 0.01 else 1)
 
 

@@ -1,0 +1,243 @@
+"""A sidecar's streams beside bare gRPC streams: speed, processor time, and who else waits.
+
+Part of `make bench-sidecar`. How often Python copies a message while it arrives is luck of a
+process' heap, so it is done in several processes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import grpc
+
+from kvcodec.backend import open_backend
+from kvcodec_server._frames import chunks
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from server_sidecar import Sidecar
+
+# A store of one copy each way: what a tier does besides is no matter of the stream.
+REMOTE_STORE = "memory://?max_bytes=2GiB"
+# Of the streams, in processes of their own.
+RUNS = 5
+
+BARE_SERVER = """
+import os, sys, time
+from concurrent import futures
+import grpc
+from kvcodec.backend import open_backend
+from kvcodec_server.malloc import keep_freed_memory
+keep_freed_memory()
+page_count, size, chunk_bytes = map(int, sys.argv[1:4])
+store = open_backend(sys.argv[4])
+names = [f"{0:032x}/{index:064x}" for index in range(page_count)]
+chunks = [os.urandom(chunk_bytes) for _ in range(page_count * -(-size // chunk_bytes))]
+page = memoryview(bytearray(size))
+def get(request, context):
+    return iter(chunks)
+def put(requests, context):
+    for index, request in enumerate(requests):
+        chunks[index] = request
+    return b""
+def put_dropped(requests, context):
+    return b"%d" % sum(map(len, requests))
+def get_stored(request, context):
+    for name in names:
+        store.get_into([name], [page], timeout_seconds=60)
+        for at in range(0, size, chunk_bytes):
+            yield bytes(page[at:at + chunk_bytes])
+def put_stored(requests, context):
+    for name in names:
+        parts = [next(requests) for _ in range(0, size, chunk_bytes)]
+        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        store.put([name], [memoryview(data)], timeout_seconds=60)
+    return b""
+generic = grpc.method_handlers_generic_handler("bare", {
+    **{call.__name__: grpc.unary_stream_rpc_method_handler(call) for call in (get, get_stored)},
+    **{call.__name__: grpc.stream_unary_rpc_method_handler(call)
+       for call in (put, put_dropped, put_stored)}})
+server = grpc.server(futures.ThreadPoolExecutor(4), options=[
+    ("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)])
+server.add_generic_rpc_handlers((generic,))
+print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+server.start()
+time.sleep(3600)
+"""
+
+
+def processor_seconds(pid: int) -> float:
+    """Of all threads that this process has had."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class BareServer:
+    """gRPC streams of messages of one size, and nothing else, in a process of its own."""
+
+    def __init__(self, *arguments: object) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", BARE_SERVER, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        self.pid = self._process.pid
+        self.channel = grpc.insecure_channel(
+            f"127.0.0.1:{self._process.stdout.readline().strip()}",
+            options=[("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)],
+        )
+
+    def close(self) -> None:
+        """End it."""
+        self.channel.close()
+        self._process.terminate()
+        self._process.wait()
+
+
+class Metronome(threading.Thread):
+    """A thread that wants the GIL every millisecond, as an engine's does, and how late it gets it:
+    ours and gRPC's threads work in the same process.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._late: list[float] = []
+        self._closing = False
+
+    def run(self) -> None:
+        """Note lateness until the end."""
+        while not self._closing:
+            wanted = time.perf_counter() + 0.001
+            time.sleep(0.001)
+            self._late.append(time.perf_counter() - wanted)
+
+    def latest(self) -> float:
+        """The mean since the last call, in seconds."""
+        late, self._late = self._late, []
+        return statistics.fmean(late or [0.0])
+
+    def close(self) -> None:
+        """End it."""
+        self._closing = True
+        self.join()
+
+
+def one_run(page_count: int, size: int, rounds: int) -> dict[str, object]:
+    """Encoded pages of `size` bytes through streams, and bare streams of as many such chunks.
+
+    The client of all of them is this process, which copies what it gets into the same buffers. Of
+    the bare servers, each in a process of its own, one has its messages ready and keeps what it is
+    sent in their place, one drops it, and one reads and writes such a store as the sidecar has.
+    """
+    chunk_bytes = len(next(chunks(memoryview(bytes(size)))))
+    per_page = -(-size // chunk_bytes)
+    names = [f"{0:032x}/{index:064x}" for index in range(page_count)]
+    pages = [memoryview(bytearray(os.urandom(size))) for _ in names]
+    bare = {
+        kind: BareServer(page_count, size, chunk_bytes, REMOTE_STORE)
+        for kind in ("", " dropped", " with store")
+    }
+
+    def bare_get(kind: str, method: str) -> None:
+        parts = bare[kind].channel.unary_stream(f"/bare/{method}")(b"", timeout=60)
+        for index, chunk in enumerate(parts):
+            page, at = pages[index // per_page], index % per_page * chunk_bytes
+            page[at : at + len(chunk)] = chunk[: size - at]
+
+    def bare_put(kind: str, method: str) -> None:
+        parts = (
+            bytes(page[at : at + chunk_bytes])
+            for page in pages
+            for at in range(0, size, chunk_bytes)
+        )
+        bare[kind].channel.stream_unary(f"/bare/{method}")(parts, timeout=60)
+
+    seconds: dict[str, list[float]] = {}
+    late: dict[str, list[float]] = {}
+    processor: Counter[str] = Counter()
+    metronome = Metronome()
+    metronome.start()
+    with tempfile.TemporaryDirectory() as directory, Sidecar(Path(directory), REMOTE_STORE) as own:
+        backend = open_backend(own.url)
+        calls: dict[str, tuple[int, Callable[[], object]]] = {
+            "put": (own.pid, lambda: backend.put(names, pages, timeout_seconds=60)),
+            "get": (own.pid, lambda: backend.get_into(names, pages, timeout_seconds=60)),
+        }
+        for kind, put, get in (
+            ("", "put", "get"),
+            (" dropped", "put_dropped", ""),
+            (" with store", "put_stored", "get_stored"),
+        ):
+            calls[f"bare put{kind}"] = bare[kind].pid, partial(bare_put, kind, put)
+            if get:
+                calls[f"bare get{kind}"] = bare[kind].pid, partial(bare_get, kind, get)
+        for index in range(rounds + 1):  # the first fills the stores, and does not count
+            for name in list(calls) if index % 2 == 0 else reversed(calls):
+                server, call = calls[name]
+                before = processor_seconds(os.getpid()) + processor_seconds(server)
+                metronome.latest()
+                started = time.perf_counter()
+                answers = call()
+                if index:
+                    seconds.setdefault(name, []).append(time.perf_counter() - started)
+                    late.setdefault(name, []).append(metronome.latest())
+                    used = processor_seconds(os.getpid()) + processor_seconds(server) - before
+                    processor[name] += used
+                assert answers in (None, [None] * page_count, [size] * page_count), answers
+        backend.close()
+    metronome.close()
+    for server in bare.values():
+        server.close()
+    return {
+        "processor_seconds": {name: used / rounds for name, used in processor.items()},
+        "seconds": seconds,
+        "late_seconds": late,
+    }
+
+
+def bench_streams(page_count: int, size: int, rounds: int) -> dict[str, object]:
+    """Several runs of `one_run`, each with new processes on both sides."""
+    runs = []
+    for _run in range(RUNS):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            runs.append(pool.apply(one_run, (page_count, size, -(-rounds // RUNS))))
+    ratio: dict[str, list[float]] = {}
+    for run in runs:
+        for bare in run["seconds"]:
+            kind = bare.removeprefix("bare ")
+            if kind != bare:
+                own = run["seconds"][kind[:3]]
+                ratio.setdefault(kind, []).extend(
+                    theirs / ours for theirs, ours in zip(run["seconds"][bare], own, strict=True)
+                )
+    return {
+        "store": REMOTE_STORE.partition("?")[0],
+        "pages": page_count,
+        "moved": "encoded pages",
+        "bytes_per_page": size,
+        "chunk_bytes": len(next(chunks(memoryview(bytes(size))))),
+        "processor_seconds": {
+            name: statistics.mean(run["processor_seconds"][name] for run in runs)
+            for name in runs[0]["processor_seconds"]
+        },
+        **{
+            numbers: {
+                name: [value for run in runs for value in run[numbers][name]]
+                for name in runs[0][numbers]
+            }
+            for numbers in ("seconds", "late_seconds")
+        },
+        "ratio": dict(sorted(ratio.items())),
+    }
