@@ -86,15 +86,14 @@ def put(
             is_wanted = is_wanted and call.send([_message(head, len(chunk)), chunk])
         if not is_wanted:
             break
-    is_wanted = is_wanted and call.send([], last=True)
+    if is_wanted:
+        call.send([], last=True)
     parts = _Parts(call)
     size = parts.begin()
     if size > _MAX_ANSWER_BYTES:
         raise BackendError(f"the sidecar answered with {size} bytes")
     answer = parts.read(size)
     call.finish()
-    if not is_wanted:
-        call.cancel()
     error = _error_of(call)
     if error is not None:
         raise error

@@ -91,6 +91,7 @@ class Http2Call:
         self._encoder = hpack.Encoder()
         self._decoder = hpack.Decoder(max_header_list_size=_FIELD_BYTES)
         self._stream = -1
+        self._asking = False
         self._going = False
         # Of the server, until it says otherwise.
         self._initial_window = 65535
@@ -123,7 +124,8 @@ class Http2Call:
         if not self.ended or self._going or self._stream > _LAST_STREAM - 4:
             return False
         try:
-            self._hear()
+            while self._next(wait=False):
+                pass
         except OSError:
             return False
         return not self._going
@@ -134,7 +136,7 @@ class Http2Call:
         self._stream += 2
         self._stream_window = self._initial_window
         self._owed_stream = 0
-        self.ended, self.fields = False, {}
+        self.ended, self.fields, self._asking = False, {}, True
         block = self._encoder.encode([(":method", "POST"), (":path", path), *self._target, *fields])
         parts = [block[at : at + self._max_frame] for at in range(0, len(block), self._max_frame)]
         for index, part in enumerate(parts):
@@ -149,7 +151,8 @@ class Http2Call:
         left = [memoryview(part) for part in parts if len(part)]
         size = sum(map(len, left))
         while True:
-            self._hear()
+            while not self.ended and not self._data_left and self._next(wait=False):
+                pass
             if self.ended or self._data_left:
                 return False
             if not size and not last:
@@ -158,13 +161,15 @@ class Http2Call:
             if size and room <= 0:
                 self._next(wait=True)
                 continue
-            length = min(size, room, self._max_frame, _SENT_FRAME_BYTES)
+            # Without data nothing is asked of a window, which may be below zero.
+            length = min(size, room, self._max_frame, _SENT_FRAME_BYTES) if size else 0
             size -= length
             ends = last and not size
             header = _frame_header(_DATA, _END_STREAM if ends else 0, self._stream, length)
             self.connection.send([header, *_taken(left, length)], self._deadline)
             self._connection_window -= length
             self._stream_window -= length
+            self._asking = not ends
             if not size:
                 return True
 
@@ -186,9 +191,9 @@ class Http2Call:
                 length = self.connection.receive_some(view[:length], self._deadline)
             view = view[length:]
             self._data_left -= length
-            if self._data_ends and not self._data_left:
-                self.ended = True
             self._take_in(length, length)
+            if self._data_ends and not self._data_left:
+                self._end()
         return True
 
     def finish(self) -> None:
@@ -197,18 +202,17 @@ class Http2Call:
             if self._data_left:
                 self._skip += self._data_left
                 self._data_left = 0
-                self.ended = self._data_ends
+                if self._data_ends:
+                    self._end()
             else:
                 self._next(wait=True)
 
-    def cancel(self) -> None:
-        """Tell the server, which has ended the call, that no more of the request will come."""
-        self._send(_frame(_RST_STREAM, 0, self._stream, struct.pack(">I", _CANCEL)))
-
-    def _hear(self) -> None:
-        """Take in the frames that have arrived, up to one with data of the response."""
-        while not self._data_left and self._next(wait=False):
-            pass
+    def _end(self) -> None:
+        """The server has said all. It may wait for the rest of a request, which will not come."""
+        if self._asking:
+            self._send(_frame(_RST_STREAM, 0, self._stream, struct.pack(">I", _CANCEL)))
+        # Last: a call that is over has a connection that no step has failed on.
+        self.ended = True
 
     def _next(self, *, wait: bool) -> bool:
         """Take in a frame; False if it has not arrived, and is not to be waited for."""
@@ -257,7 +261,8 @@ class Http2Call:
             self._skip = padding - 1
         self._data_left = length - padding
         self._data_ends = bool(flags & _END_STREAM)
-        self.ended = self._data_ends and not self._data_left
+        if self._data_ends and not self._data_left:
+            self._end()
         return True
 
     def _control(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
@@ -339,7 +344,8 @@ class Http2Call:
             return
         if not found.get(":status", "").startswith("1"):
             self.fields |= found
-            self.ended = bool(self._fields_flags & _END_STREAM)
+            if self._fields_flags & _END_STREAM:
+                self._end()
 
     def _take_in(self, of_connection: int, of_stream: int) -> None:
         """Count received data, and now and then tell the server that there is room again."""
@@ -349,8 +355,7 @@ class Http2Call:
             self._grant(0, self._owed_connection)
             self._owed_connection = 0
         if self._owed_stream >= _CREDIT_BYTES:
-            if not self.ended:
-                self._grant(self._stream, self._owed_stream)
+            self._grant(self._stream, self._owed_stream)
             self._owed_stream = 0
 
     def _grant(self, stream: int, amount: int) -> None:
