@@ -134,6 +134,18 @@ class TestPlaces:
         with pytest.raises(Crowded):
             places.take(4, "ipv4:1:1", pytest.fail)
 
+    def test_connections_of_one_client_share_as_one_does(self):
+        places, left = Places(), []
+        for number in range(4):
+            places.take(
+                4, f"ipv4:1:{number}", lambda number=number: left.append(number), client="a"
+            )
+        places.take(4, "ipv4:1:8", pytest.fail, client="b")
+        places.take(4, "ipv4:1:9", pytest.fail)
+        assert left == [0, 1]
+        with pytest.raises(Crowded):
+            places.take(4, "ipv4:1:5", pytest.fail, client="a")
+
     def test_few_are_told_to_leave_before_they_are_gone(self):
         places, left = Places(), []
         held = [places.take(8, "ipv4:1:1", lambda: left.append(1)) for _ in range(8)]

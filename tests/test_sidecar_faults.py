@@ -21,6 +21,7 @@ from server_sidecar import HANGS, HANGS_SECONDS, RAISES, STOPS_READING, STOPS_WR
 from sidecar_process import is_open
 from waiting import wait_until
 
+from kvcodec.backend import Deadline
 from kvcodec.errors import BackendError, BackendTimeout
 from kvcodec.layout import DType, PageLayout, PageViews
 from kvcodec.pipeline import Pipeline, StoreOptions
@@ -267,6 +268,33 @@ def test_a_refused_call_keeps_its_connection(tmp_path):
         assert len(connections) == 1
         backend.close()
         held.cancel()
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_a_client_of_many_connections_crowds_itself(tmp_path, greedy):
+    """They count as one where it says so, and ours does: another of the same host is let in."""
+    with Sidecar(tmp_path, "memory://", max_streams=3) as sidecar:
+        backend, buffer = SidecarBackend.from_url(sidecar.url), memoryview(bytearray(9))
+        own = dict(backend._opened().stub(Deadline(5))[1])["kvcodec-client"]
+        channels = [grpc.insecure_channel(f"127.0.0.1:{sidecar.port}") for _ in range(3)]
+        held = [
+            PageServiceStub(channel).PutStream.future(
+                iter(lambda: time.sleep(9), 0),
+                metadata=[("kvcodec-client", "greedy" if greedy else str(number))],
+            )
+            for number, channel in enumerate(channels)
+        ]
+        wait_until(lambda: stats(sidecar).calls == 4)
+        (answer,) = backend.get_into([name()], [buffer], timeout_seconds=20)
+        if greedy:
+            assert answer is None
+        else:
+            assert "max_streams" in str(answer)
+        assert len(own) == 16
+        backend.close()
+        for call, channel in zip(held, channels, strict=True):
+            call.cancel()
+            channel.close()
 
 
 def test_a_client_opened_before_its_sidecar_finds_it_later(tmp_path):

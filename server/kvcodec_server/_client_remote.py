@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import ssl
 import threading
 import time
@@ -18,6 +19,7 @@ from kvcodec_proto.v1.service_pb2_grpc import PageServiceStub
 from kvcodec_server import _client_streams as streams
 from kvcodec_server._client_streams import Metadata
 from kvcodec_server._http2 import Http2Call
+from kvcodec_server.options import CLIENT_METADATA
 
 __all__ = ["Address", "RemoteDoor"]
 
@@ -95,7 +97,7 @@ class RemoteDoor:
     ) -> None:
         self._address = address
         self._open_channel = open_channel
-        self._metadata = metadata
+        self._metadata = (*metadata, (CLIENT_METADATA, secrets.token_hex(8)))
         self._lock = threading.Lock()
         self._line = _Line(open_channel())
         self._left: list[_Line] = []

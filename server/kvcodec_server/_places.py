@@ -16,8 +16,11 @@ import grpc
 
 from kvcodec.errors import BackendError
 from kvcodec_server._receiving import Receiving
+from kvcodec_server.options import CLIENT_METADATA
 
 __all__ = ["Admission", "Crowded", "Place", "Places", "Room", "only"]
+
+_MAX_CLIENT = 64
 
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
@@ -29,14 +32,16 @@ class Crowded(BackendError):
 class Place:
     """One call that has been let in."""
 
-    __slots__ = ("connection", "host", "leave")
+    __slots__ = ("client", "host", "leave")
 
-    def __init__(self, peer: str, leave: Callable[[], object]) -> None:
-        self.host, self.connection, self.leave = peer.rpartition(":")[0], peer, leave
+    def __init__(self, peer: str, client: str, leave: Callable[[], object]) -> None:
+        self.host, self.client, self.leave = peer.rpartition(":")[0], client or peer, leave
 
 
 class Places:
-    """Places for calls, by the host and the connection they come from. Thread-safe."""
+    """Places for calls, by the host they come from, and there by the client: what says so of all of
+    its connections, or a connection. Thread-safe.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -45,12 +50,12 @@ class Places:
         # Told to leave, and still there: they have their threads, so they may not be many.
         self._leaving: set[Place] = set()
 
-    def take(self, limit: int, peer: str, leave: Callable[[], object]) -> Place:
+    def take(self, limit: int, peer: str, leave: Callable[[], object], client: str = "") -> Place:
         """A place among `limit`; `leave` is called if another call needs it more.
 
         Raises `Crowded`.
         """
-        place, other = Place(peer, leave), None
+        place, other = Place(peer, client, leave), None
         with self._lock:
             if len(self._held) >= limit:
                 other = self._next_to_leave(place)
@@ -75,17 +80,17 @@ class Places:
         """The oldest call of who has most, if the caller has fewer even with one more."""
         ((host, most),) = self._hosts.most_common(1)
         if most <= self._hosts[place.host] + 1:
-            # No host has too many: perhaps a connection of this one has.
+            # No host has too many: perhaps a client of this one has.
             host = place.host
         theirs = [other for other in self._held if other.host == host]
-        connections = Counter(other.connection for other in theirs)
+        clients = Counter(other.client for other in theirs)
         if host == place.host:
-            own = connections.get(place.connection, 0) + 1
-            connections = Counter({name: n for name, n in connections.items() if n > own})
-        if not connections:
+            own = clients.get(place.client, 0) + 1
+            clients = Counter({name: n for name, n in clients.items() if n > own})
+        if not clients:
             return None
-        ((connection, _),) = connections.most_common(1)
-        return next(other for other in theirs if other.connection == connection)
+        ((client, _),) = clients.most_common(1)
+        return next(other for other in theirs if other.client == client)
 
     def _remove(self, place: Place) -> None:
         del self._held[place]
@@ -112,8 +117,10 @@ class Room:
     @contextmanager
     def place(self, context: grpc.ServicerContext) -> Iterator[None]:
         """A place for this call, as long as the body; the call is aborted if there is none."""
+        client = dict(context.invocation_metadata() or ()).get(CLIENT_METADATA)
+        client = client if isinstance(client, str) and len(client) <= _MAX_CLIENT else ""
         try:
-            place = self._places.take(self._limit(), context.peer(), context.cancel)
+            place = self._places.take(self._limit(), context.peer(), context.cancel, client)
         except Crowded as error:
             self._refused()
             reason = f"{self._kind}: {error} ({self._option})"

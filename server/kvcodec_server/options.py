@@ -8,11 +8,15 @@ from dataclasses import dataclass, fields
 from kvcodec.backend import check_number
 from kvcodec.errors import ConfigError
 
-__all__ = ["CHUNK_BYTES", "RELOADABLE", "ServerOptions", "ignore_observation"]
+__all__ = ["CHUNK_BYTES", "CLIENT_METADATA", "RELOADABLE", "ServerOptions", "ignore_observation"]
 
 #: Bytes of one message of a stream, half as many more at most: below the 4 MiB that gRPC takes in
 #: any language unless told otherwise. An object that is one message is never put together.
 CHUNK_BYTES = 2 << 20
+
+#: What a client with several connections calls itself on all of them, 64 characters at most: where
+#: places are few, it then counts as one. Who lies about it gains what more connections would give.
+CLIENT_METADATA = "kvcodec-client"
 
 #: Called once per call, when it is over: operation ("get", "put", "get_stream" ...), outcome ("ok",
 #: or the label of the worst answer: "timeout", "full", "refused" ...), seconds, raw bytes where the
