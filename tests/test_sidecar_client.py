@@ -81,6 +81,8 @@ def region_of(backend: SidecarBackend):
         "sidecar://host",
         "sidecar://host:1/path",
         "sidecar://me@host:1",
+        "sidecar://host:0",
+        "sidecar://host:65536",
         "sidecar://host:1?tls=2",
         "sidecar://host:1?ca_file=/nowhere",
         "sidecar://host:1?server_name=x",
@@ -94,6 +96,24 @@ def region_of(backend: SidecarBackend):
 def test_a_url_that_cannot_be_is_a_config_error(url):
     with pytest.raises(ConfigError):
         open_backend(url)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\n\n", "Schl\u00fcssel".encode(), b"a\0b", b"two words"]
+)
+def test_a_token_that_cannot_be_sent_is_a_config_error(tmp_path, content):
+    (tmp_path / "token").write_bytes(content)
+    with pytest.raises(ConfigError, match="first line") as raised:
+        open_backend(f"sidecar://host:1?token_file={tmp_path}/token")
+    assert "words" not in str(raised.value)
+
+
+@pytest.mark.parametrize("ca", [b"", b"-----BEGIN CERTIFICATE-----\nnone\n"])
+def test_authorities_that_are_none_are_a_config_error(tmp_path, ca):
+    """And not everybody whom this machine trusts."""
+    (tmp_path / "ca.pem").write_bytes(ca)
+    with pytest.raises(ConfigError, match="certificates"):
+        open_backend(f"sidecar://host:1?tls=1&ca_file={tmp_path}/ca.pem")
 
 
 def test_a_region_has_the_size_it_was_asked_for(sidecar, backend):
@@ -156,12 +176,14 @@ class Guarded:
 
 def test_tls_proves_who_the_server_is(tmp_path):
     server = Guarded(tmp_path, client_certificates=False)
-    (tmp_path / "token").write_text("a word\n")
+    (tmp_path / "token").write_text("a-word\nthe next one\n")
+    authority = (tmp_path / "ca.pem").read_text()
+    (tmp_path / "ca.pem").write_text(f"# Prüfstelle\n{authority}", encoding="utf-8")
     ca = f"tls=1&ca_file={tmp_path}/ca.pem"
     assert server.put(ca) is None
     assert "authorization" not in server.seen
     assert server.put(f"{ca}&token_file={tmp_path}/token") is None
-    assert server.seen["authorization"] == "Bearer a word"
+    assert server.seen["authorization"] == "Bearer a-word"
     for query in ("tls=0", "tls=1", f"tls=1&ca_file={tmp_path}/other-ca.pem"):
         assert isinstance(server.put(query), BackendError), query
     assert isinstance(server.put(ca, "localhost"), BackendError)

@@ -59,7 +59,7 @@ class SidecarBackend(Backend):
     move through a region of shared memory of that size, which costs what is used of it.
 
     ``sidecar://host:port?tls=1&ca_file=...``: a sidecar anywhere. With `tls` the connection is
-    encrypted; `ca_file` says who may vouch for the server (the system's authorities unless given),
+    encrypted; `ca_file` says who may vouch for the server (else OpenSSL's and gRPC's own lists do),
     `certificate_file` and `key_file` say who this client is, `server_name` is the name to expect in
     the server's certificate where it is not the host's. The first line of `token_file` is sent with
     every call.
@@ -133,7 +133,7 @@ class SidecarBackend(Backend):
         }
         context = credentials = None
         if tls == "1":
-            context = _tls_context(shown, options, files)
+            context = _tls_context(shown, options)
             credentials = grpc.ssl_channel_credentials(
                 files.get("ca_file"), files.get("key_file"), files.get("certificate_file")
             )
@@ -148,8 +148,7 @@ class SidecarBackend(Backend):
 
         metadata: tuple[tuple[str, str], ...] = ()
         if "token_file" in files:
-            token = files["token_file"].decode().strip()
-            metadata = (("authorization", f"Bearer {token}"),)
+            metadata = (("authorization", f"Bearer {_token(shown, files['token_file'])}"),)
         address = Address(host.strip("[]"), int(port), context, options.get("server_name", ""))
         return cls(url, lambda _: RemoteDoor(address, open_channel, metadata))
 
@@ -298,21 +297,32 @@ def _content(url: str, name: str, path: str) -> bytes:
         raise ConfigError(f"{url!r}: {name} cannot be read: {error}") from error
 
 
-def _tls_context(
-    url: str, options: Mapping[str, str], files: Mapping[str, bytes]
-) -> ssl.SSLContext:
+def _token(url: str, content: bytes) -> str:
+    """The first line of a file, without the token in the error."""
+    token = content.strip().partition(b"\n")[0].strip()
+    if not re.fullmatch(rb"[!-~]+", token):
+        raise ConfigError(f"{url!r}: the first line of token_file is no token of visible ASCII")
+    return token.decode("ascii")
+
+
+def _tls_context(url: str, options: Mapping[str, str]) -> ssl.SSLContext:
     """How connections for streams are made; gRPC's own have the same files."""
+    # Not the one that ssl has ready: it trusts everybody known where a file has nobody in it, and
+    # its newest refuses authorities that gRPC accepts.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.set_alpn_protocols(["h2"])
     try:
-        authorities = files["ca_file"].decode("ascii") if "ca_file" in files else None
-        context = ssl.create_default_context(cadata=authorities)
+        if "ca_file" in options:
+            context.load_verify_locations(options["ca_file"])
+        else:
+            context.load_default_certs()
         if "certificate_file" in options:
             # No password: an encrypted key would otherwise be asked for on the terminal.
             context.load_cert_chain(
                 options["certificate_file"], options["key_file"], password=lambda: ""
             )
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ConfigError(f"{url!r}: its certificates cannot be used: {error}") from error
-    context.set_alpn_protocols(["h2"])
     return context
 
 
