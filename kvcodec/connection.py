@@ -36,6 +36,8 @@ class Connection:
         server_name: str = "",
     ) -> None:
         """Connect; with `tls` to a server whose certificate has `server_name`, or the host's."""
+        for name in (host, server_name):
+            _check_name(name)
         plain = _connected(host, port, deadline)
         self._socket = plain
         try:
@@ -102,7 +104,11 @@ def _connected(host: str, port: int, deadline: Deadline) -> socket.socket:
     for family, kind, protocol, _, address in socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM
     ):
-        found = socket.socket(family, kind, protocol)
+        try:
+            found = socket.socket(family, kind, protocol)
+        except OSError as error:  # an address of a family that this machine has not
+            refused = error
+            continue
         try:
             found.settimeout(_seconds(deadline))
             found.connect(address)
@@ -115,6 +121,16 @@ def _connected(host: str, port: int, deadline: Deadline) -> socket.socket:
         else:
             return found
     raise refused or ConnectionError(f"{host} has no address")
+
+
+def _check_name(name: str) -> None:
+    """What is no name of a host is not found; Python has errors of other kinds for it."""
+    try:
+        name.encode("idna")
+    except UnicodeError as error:
+        raise ConnectionError(f"{name!r} is not the name of a host: {error}") from error
+    if "\0" in name:
+        raise ConnectionError(f"{name!r} is not the name of a host")
 
 
 def _seconds(deadline: Deadline) -> float:

@@ -146,8 +146,9 @@ class RemoteDoor:
             self._closed = True
             for call in self._used:
                 call.connection.abort()
+            lines = [*self._left, self._line]
         self._close_idle()
-        for line in [*self._left, self._line]:
+        for line in lines:
             line.channel.close()
 
     @contextmanager
@@ -211,7 +212,7 @@ class RemoteDoor:
         self._close_idle()
         now = time.monotonic()
         with self._lock:
-            if self._line.stub is not stub:
+            if self._closed or self._line.stub is not stub:
                 return
             self._line.left_at = now
             self._left.append(self._line)

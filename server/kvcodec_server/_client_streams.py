@@ -31,11 +31,12 @@ __all__ = ["Metadata", "get", "put"]
 Metadata = tuple[tuple[str, str], ...]
 
 _SERVICE = "/kvcodec.v1.PageService/"
-# Of an answer without its chunks.
+# Of the answer to a put, and of what a message of a get has beside its chunk.
 _MAX_ANSWER_BYTES = 4 << 20
+_MAX_FIELD_BYTES = 64 << 10
 _LONGEST_TIMEOUT = 99_999_999
 
-_CODES = {code.value[0]: code for code in grpc.StatusCode}
+_CODES = {str(code.value[0]): code for code in grpc.StatusCode}
 # Of an answer that is not gRPC's own, such as a proxy's: gRPC's "HTTP to gRPC status code mapping".
 _CODES_OF_HTTP = {
     "400": grpc.StatusCode.INTERNAL,
@@ -132,7 +133,7 @@ def _error_of(call: Http2Call) -> BackendError | None:
     if status == "0":
         return None
     if status.isdecimal():
-        code = _CODES.get(int(status), grpc.StatusCode.UNKNOWN)
+        code = _CODES.get(status, grpc.StatusCode.UNKNOWN)
         detail = unquote(call.fields.get("grpc-message", ""))
     else:
         code = _CODES_OF_HTTP.get(http, grpc.StatusCode.UNKNOWN)
@@ -149,9 +150,13 @@ class _Parts:
 
     def begin(self) -> int:
         """The length of the next message. Raises the error of the call if there is none."""
+        if self._left > _MAX_FIELD_BYTES:
+            raise BackendError(f"the sidecar answered with {self._left} bytes after an object")
         if self._left:
             self.read(self._left)
         prefix = self.read(5)
+        if self._call.fields.get(":status") != "200":
+            raise self._failure()
         if prefix[0]:
             raise BackendError("the sidecar answered with a compressed message")
         self._left = int.from_bytes(prefix[1:], "big")
@@ -176,8 +181,12 @@ class _Parts:
     def read_into(self, view: memoryview) -> None:
         """The next bytes of a chunk."""
         if not self._call.receive_into(view):
-            raise _error_of(self._call) or BackendError("the sidecar broke off its answer")
+            raise self._failure()
         self._left -= min(self._left, len(view))
+
+    def _failure(self) -> BackendError:
+        """Why there is no message where one should be."""
+        return _error_of(self._call) or BackendError("the sidecar broke off its answer")
 
     def _fields(self, head: bytearray) -> int:
         """Collect the fields before a chunk, whatever they are; the length of the chunk."""
@@ -196,7 +205,7 @@ class _Parts:
             if tag == GET_TAG:
                 del head[at:]
                 return size
-            if len(head) + size > _MAX_ANSWER_BYTES:
+            if len(head) + size > _MAX_FIELD_BYTES:
                 raise BackendError(f"the sidecar answered with {size} bytes before an object")
             head += self.read(size)
         return 0
