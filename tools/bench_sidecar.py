@@ -131,7 +131,8 @@ def show(results: dict[str, dict[str, object]]) -> None:
         for operation, ratios in result["ratio"].items():
             seconds = result["seconds"]
             verb = operation.partition(" ")[0]
-            own = seconds["sidecar"][verb] if "sidecar" in seconds else seconds[verb]
+            own = seconds.get("sidecar", seconds)
+            own = own.get(operation, own[verb])
             speed = moved / spread(own)[1] / 1e9
             low, middle, high = spread(ratios)
             times = f"{middle:.2f} ({low:.2f}-{high:.2f})"
@@ -154,7 +155,12 @@ def plot(results: dict[str, dict[str, object]], path: Path) -> None:
     from matplotlib import pyplot
 
     bars = [
-        (f"{kind}\n{operation}".replace(" with", "\nwith").replace(" dropped", "\ndropped"), ratios)
+        (
+            f"{kind}\n{operation}".replace(" with", "\nwith")
+            .replace(" dropped", "\ndropped")
+            .replace(" over", "\nover"),
+            ratios,
+        )
         for kind, result in results.items()
         for operation, ratios in result["ratio"].items()
     ]

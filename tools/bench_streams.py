@@ -27,6 +27,7 @@ from kvcodec_server._frames import chunks
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from server_sidecar import Sidecar
+from sidecar_process import Authority, SidecarProcess
 
 # A store of one copy each way: what a tier does besides is no matter of the stream.
 REMOTE_STORE = "memory://?max_bytes=2GiB"
@@ -71,7 +72,13 @@ generic = grpc.method_handlers_generic_handler("bare", {
 server = grpc.server(futures.ThreadPoolExecutor(4), options=[
     ("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)])
 server.add_generic_rpc_handlers((generic,))
-print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+if len(sys.argv) == 5:
+    port = server.add_insecure_port("127.0.0.1:0")
+else:
+    certificate, key = (open(path, "rb").read() for path in sys.argv[5:7])
+    port = server.add_secure_port(
+        "127.0.0.1:0", grpc.ssl_server_credentials([(key, certificate)]))
+print(port, flush=True)
 server.start()
 time.sleep(3600)
 """
@@ -86,7 +93,7 @@ def processor_seconds(pid: int) -> float:
 class BareServer:
     """gRPC streams of messages of one size, and nothing else, in a process of its own."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments: object, authorities: bytes | None = None) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-c", BARE_SERVER, *map(str, arguments)],
             stdout=subprocess.PIPE,
@@ -94,10 +101,13 @@ class BareServer:
         )
         assert self._process.stdout is not None
         self.pid = self._process.pid
-        self.channel = grpc.insecure_channel(
-            f"127.0.0.1:{self._process.stdout.readline().strip()}",
-            options=[("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)],
-        )
+        target = f"127.0.0.1:{self._process.stdout.readline().strip()}"
+        unlimited = [(f"grpc.max_{verb}_message_length", -1) for verb in ("receive", "send")]
+        if authorities is None:
+            self.channel = grpc.insecure_channel(target, options=unlimited)
+        else:
+            credentials = grpc.ssl_channel_credentials(authorities)
+            self.channel = grpc.secure_channel(target, credentials, options=unlimited)
 
     def close(self) -> None:
         """End it."""
@@ -139,16 +149,23 @@ def one_run(page_count: int, size: int, rounds: int) -> dict[str, object]:
 
     The client of all of them is this process, which copies what it gets into the same buffers. Of
     the bare servers, each in a process of its own, one has its messages ready and keeps what it is
-    sent in their place, one drops it, and one reads and writes such a store as the sidecar has.
+    sent in their place, one drops it, one reads and writes such a store as the sidecar has, and one
+    is the first with TLS.
     """
     chunk_bytes = len(next(chunks(memoryview(bytes(size)))))
     per_page = -(-size // chunk_bytes)
     names = [f"{0:032x}/{index:064x}" for index in range(page_count)]
     pages = [memoryview(bytearray(os.urandom(size))) for _ in names]
-    bare = {
-        kind: BareServer(page_count, size, chunk_bytes, REMOTE_STORE)
-        for kind in ("", " dropped", " with store")
-    }
+    folder = tempfile.TemporaryDirectory()
+    directory = Path(folder.name)
+    authority = Authority(directory)
+    authority.sign("server")
+    certificate, key = directory / "server.pem", directory / "server.key"
+    arguments = (page_count, size, chunk_bytes, REMOTE_STORE)
+    bare = {kind: BareServer(*arguments) for kind in ("", " dropped", " with store")}
+    bare[" over TLS"] = BareServer(
+        *arguments, certificate, key, authorities=authority.certificate.read_bytes()
+    )
 
     def bare_get(kind: str, method: str) -> None:
         parts = bare[kind].channel.unary_stream(f"/bare/{method}")(b"", timeout=60)
@@ -169,16 +186,35 @@ def one_run(page_count: int, size: int, rounds: int) -> dict[str, object]:
     processor: Counter[str] = Counter()
     metronome = Metronome()
     metronome.start()
-    with tempfile.TemporaryDirectory() as directory, Sidecar(Path(directory), REMOTE_STORE) as own:
-        backend = open_backend(own.url)
-        calls: dict[str, tuple[int, Callable[[], object]]] = {
-            "put": (own.pid, lambda: backend.put(names, pages, timeout_seconds=60)),
-            "get": (own.pid, lambda: backend.get_into(names, pages, timeout_seconds=60)),
-        }
+    with (
+        Sidecar(directory, REMOTE_STORE) as own,
+        SidecarProcess(
+            directory,
+            {"store.url": REMOTE_STORE, "tls.certificate": str(certificate), "tls.key": str(key)},
+        ) as private,
+    ):
+        calls: dict[str, tuple[int, Callable[[], object]]] = {}
+        backends = []
+        for server, kind, url in (
+            (own, "", own.url),
+            (
+                private,
+                " over TLS",
+                f"sidecar://{private.target}?tls=1&ca_file={authority.certificate}",
+            ),
+        ):
+            backend = open_backend(url)
+            backends.append(backend)
+            calls[f"put{kind}"] = server.pid, partial(backend.put, names, pages, timeout_seconds=60)
+            calls[f"get{kind}"] = (
+                server.pid,
+                partial(backend.get_into, names, pages, timeout_seconds=60),
+            )
         for kind, put, get in (
             ("", "put", "get"),
             (" dropped", "put_dropped", ""),
             (" with store", "put_stored", "get_stored"),
+            (" over TLS", "put", "get"),
         ):
             calls[f"bare put{kind}"] = bare[kind].pid, partial(bare_put, kind, put)
             if get:
@@ -196,10 +232,12 @@ def one_run(page_count: int, size: int, rounds: int) -> dict[str, object]:
                     used = processor_seconds(os.getpid()) + processor_seconds(server) - before
                     processor[name] += used
                 assert answers in (None, [None] * page_count, [size] * page_count), answers
-        backend.close()
+        for backend in backends:
+            backend.close()
     metronome.close()
     for server in bare.values():
         server.close()
+    folder.cleanup()
     return {
         "processor_seconds": {name: used / rounds for name, used in processor.items()},
         "seconds": seconds,
@@ -218,7 +256,7 @@ def bench_streams(page_count: int, size: int, rounds: int) -> dict[str, object]:
         for bare in run["seconds"]:
             kind = bare.removeprefix("bare ")
             if kind != bare:
-                own = run["seconds"][kind[:3]]
+                own = run["seconds"][kind if kind in run["seconds"] else kind[:3]]
                 ratio.setdefault(kind, []).extend(
                     theirs / ours for theirs, ours in zip(run["seconds"][bare], own, strict=True)
                 )
