@@ -227,11 +227,13 @@ class Server:
             raise self._errors[0]
 
 
-def door_to(port: int, host: str = "127.0.0.1", tls: ssl.SSLContext | None = None) -> RemoteDoor:
-    def nowhere() -> grpc.Channel:
-        return grpc.insecure_channel("127.0.0.1:1")  # it connects at a call, and there is none
+def no_channel() -> grpc.Channel:
+    """It connects at a call, and there is none."""
+    return grpc.insecure_channel("127.0.0.1:1")
 
-    return RemoteDoor(Address(host, port, tls), nowhere, (("authorization", "Bearer a word"),))
+
+def door_to(port: int, host: str = "127.0.0.1", tls: ssl.SSLContext | None = None) -> RemoteDoor:
+    return RemoteDoor(Address(host, port, tls), no_channel, (("authorization", "Bearer a word"),))
 
 
 @contextmanager
@@ -295,16 +297,19 @@ def put(door: RemoteDoor, *objects: bytes, seconds: float = SECONDS) -> list[obj
 class Sidecar:
     """Stores and serves objects by way of `h2`, which knows what a client may do.
 
-    `frame_bytes` is the most of one frame of data, `padding` what each of them has in addition.
+    `frame_bytes` is the most of one frame of data, `padding` what each of them has in addition;
+    `settings` hold from the first call on, and each of the `changes` after another call.
     """
 
     def __init__(self, *, frame_bytes: int = 16384, padding: int | None = None) -> None:
         self.objects: dict[str, bytes] = {}
         self.settings: Mapping[int, int] = {}
+        self.changes: list[Mapping[int, int]] = []
         self.frame_bytes = frame_bytes
         self.padding = padding
         self.answered = 0
         self.reset_codes: list[int] = []
+        self.fields: dict[bytes, bytes] = {}
 
     def __call__(self, talk: Talk) -> None:
         link = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False))
@@ -320,7 +325,8 @@ class Sidecar:
                 return
             for event in link.receive_data(received):
                 if isinstance(event, h2.events.RequestReceived):
-                    path = dict(event.headers)[b":path"].decode().rpartition("/")[2]
+                    self.fields = dict(event.headers)
+                    path = self.fields[b":path"].decode().rpartition("/")[2]
                     requests[event.stream_id] = (path, bytearray())
                 elif isinstance(event, h2.events.DataReceived):
                     requests[event.stream_id][1].extend(event.data)
@@ -356,6 +362,8 @@ class Sidecar:
         del answers[stream]
         link.send_headers(stream, [("grpc-status", "0")], end_stream=True)
         self.answered += 1
+        if self.changes:
+            link.update_settings(dict(self.changes.pop(0)))
 
     def GetStream(self, request: memoryview) -> bytes:  # noqa: N802 - as the method is called
         asked = pb.GetStreamRequest.FromString(bytes(request[5:]))

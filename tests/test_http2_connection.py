@@ -28,6 +28,7 @@ from http2_server import (
     door_to,
     get,
     head,
+    no_channel,
     number,
     peer,
     put,
@@ -100,7 +101,10 @@ def test_the_server_hears_what_it_is_called(host):
     def script(talk):
         talk.greet()
         fields = talk.until(HEADERS)
-        seen.update(hpack.Decoder().decode(fields.payload))
+        found = hpack.Decoder().decode(fields.payload)
+        seen.update(found)
+        secret = [each[0] for each in found if isinstance(each, hpack.NeverIndexedHeaderTuple)]
+        assert "authorization" in secret, "who compresses it together with others may tell it"
         talk.send(whole(OBJECTS, fields.stream))
         talk.linger()
 
@@ -138,7 +142,7 @@ def test_a_listener_whose_queue_is_full_costs_a_deadline(limit, monkeypatch):
         answers = get(door, ROOM, seconds=0.2 if limit == "deadline" else 60)
         assert isinstance(answers[0], BackendTimeout)
         assert time.monotonic() - started < SLACK_SECONDS
-        assert descriptors() == before
+        wait_until(lambda: descriptors() <= before)
         door.close()
 
 
@@ -161,7 +165,7 @@ def test_a_name_that_is_none_is_an_error_of_the_store(host, where, tls):
         address = Address(host, port, context)
         if where == "server_name":
             address = Address("127.0.0.1", port, context, host)
-        door = RemoteDoor(address, lambda: grpc.insecure_channel("127.0.0.1:1"), ())
+        door = RemoteDoor(address, no_channel, ())
         assert isinstance(get(door, ROOM, seconds=0.1)[0], BackendError)
         assert isinstance(put(door, b"x", seconds=0.1)[0], BackendError)
         door.close()
@@ -186,7 +190,7 @@ def test_every_address_of_a_host_is_tried(monkeypatch):
         del found[1]
         with pytest.raises(OSError, match=r"."):
             Connection("host", port, Deadline(5))
-        assert descriptors() == before
+        wait_until(lambda: descriptors() <= before)
 
 
 # TLS
