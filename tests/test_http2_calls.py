@@ -7,6 +7,7 @@ from http2_flood import frame
 from http2_server import (
     ACK,
     DATA,
+    GOAWAY,
     HEADERS,
     INITIAL_WINDOW,
     PADDED,
@@ -20,6 +21,7 @@ from http2_server import (
     head,
     messages,
     no_channel,
+    number,
     peer,
     put,
     settings,
@@ -45,7 +47,7 @@ def test_the_servers_table_for_fields_may_change_between_calls():
         assert server.connections == 1
 
 
-@pytest.mark.parametrize("size", [1, 10_000, 50_000])
+@pytest.mark.parametrize("size", [1, 10_000, 20_000])
 def test_fields_of_a_request_may_need_several_frames(size):
     sidecar, token = Sidecar(), "~" * size  # which has no shorter code
     with peer(sidecar) as (_, server):
@@ -134,3 +136,63 @@ def test_all_that_was_received_is_credited_and_no_more():
         assert get(door, 9) == [None]
         assert server.connections == 1
     assert all(sent[at] - 4 * MIB < credit[at] <= sent[at] for at in sent), (sent, credit)
+
+
+REFUSED = frame(RST_STREAM, 0, 1, number(7))
+GONE = frame(GOAWAY, 0, 0, number(0) + number(0))
+
+
+@pytest.mark.parametrize("refusal", [REFUSED, GONE])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_call_that_was_not_served_is_made_again_once(refusal, times):
+    def script(talk):
+        talk.greet()
+        if talk.number < times:
+            talk.until(HEADERS)
+            talk.send(refusal)
+        else:
+            talk.request()
+            talk.send(whole(OBJECTS))
+        talk.linger()
+
+    with peer(script) as (door, server):
+        answers = get(door, *ROOMS)
+        if times == 1:
+            assert answers == OBJECTS
+        else:
+            assert {type(answer) for answer in answers} == {BackendError}
+        assert server.connections == 2
+
+
+@pytest.mark.parametrize("heard", [b"", head(3)])
+def test_a_connection_that_dies_with_its_second_call_is_replaced_once(heard):
+    """If nothing was heard of it: the server may have ended while it waited."""
+
+    def script(talk):
+        talk.greet()
+        talk.request()
+        talk.send(whole(OBJECTS))
+        if not talk.number:
+            talk.request()
+            talk.send(heard)
+        else:
+            talk.linger()
+
+    with peer(script) as (door, server):
+        assert get(door, *ROOMS) == OBJECTS
+        answers = get(door, *ROOMS)
+        if heard:
+            assert {type(answer) for answer in answers} == {BackendError}
+        else:
+            assert answers == OBJECTS
+        assert server.connections == 2 - bool(heard)
+
+
+def test_a_new_connection_that_dies_is_not_replaced():
+    def script(talk):
+        talk.greet()
+        talk.request()
+
+    with peer(script) as (door, server):
+        assert {type(answer) for answer in get(door, *ROOMS)} == {BackendError}
+        assert server.connections == 1

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from sidecar_process import Authority, SidecarProcess
 REMOTE_STORE = "memory://?max_bytes=2GiB"
 # Of the streams, in processes of their own.
 RUNS = 5
+VERBS = ("put", "get")
 
 BARE_SERVER = """
 import os, sys, time
@@ -93,7 +95,13 @@ def processor_seconds(pid: int) -> float:
 class BareServer:
     """gRPC streams of messages of one size, and nothing else, in a process of its own."""
 
-    def __init__(self, *arguments: object, authorities: bytes | None = None) -> None:
+    def __init__(
+        self, pages: list[memoryview], *more: object, authorities: bytes | None = None
+    ) -> None:
+        size = len(pages[0])
+        self._pages = pages
+        self._chunk_bytes = len(next(chunks(pages[0])))
+        arguments = (len(pages), size, self._chunk_bytes, REMOTE_STORE, *more)
         self._process = subprocess.Popen(
             [sys.executable, "-c", BARE_SERVER, *map(str, arguments)],
             stdout=subprocess.PIPE,
@@ -108,6 +116,24 @@ class BareServer:
         else:
             credentials = grpc.ssl_channel_credentials(authorities)
             self.channel = grpc.secure_channel(target, credentials, options=unlimited)
+
+    def get(self, method: str) -> None:
+        """Copy the messages of its answer into the pages."""
+        size = len(self._pages[0])
+        per_page = -(-size // self._chunk_bytes)
+        parts = self.channel.unary_stream(f"/bare/{method}")(b"", timeout=60)
+        for index, chunk in enumerate(parts):
+            page, at = self._pages[index // per_page], index % per_page * self._chunk_bytes
+            page[at : at + len(chunk)] = chunk[: size - at]
+
+    def put(self, method: str) -> None:
+        """Send the pages as messages."""
+        parts = (
+            bytes(page[at : at + self._chunk_bytes])
+            for page in self._pages
+            for at in range(0, len(page), self._chunk_bytes)
+        )
+        self.channel.stream_unary(f"/bare/{method}")(parts, timeout=60)
 
     def close(self) -> None:
         """End it."""
@@ -144,6 +170,24 @@ class Metronome(threading.Thread):
         self.join()
 
 
+def own_calls(url: str, kind: str, pages: list[memoryview]) -> dict[str, Callable[[], object]]:
+    """Puts and gets of the pages through a sidecar's streams."""
+    backend = open_backend(url)
+    names = [f"{0:032x}/{index:064x}" for index in range(len(pages))]
+    return {
+        f"put{kind}": partial(backend.put, names, pages, timeout_seconds=60),
+        f"get{kind}": partial(backend.get_into, names, pages, timeout_seconds=60),
+    }
+
+
+def bare_calls(server: BareServer, kind: str) -> dict[str, Callable[[], object]]:
+    """The same through a bare server's, as it is for this kind."""
+    if kind == " dropped":
+        return {f"bare put{kind}": partial(server.put, "put_dropped")}
+    suffix = "_stored" if kind == " with store" else ""
+    return {f"bare {verb}{kind}": partial(getattr(server, verb), verb + suffix) for verb in VERBS}
+
+
 def one_run(page_count: int, size: int, rounds: int) -> dict[str, object]:
     """Encoded pages of `size` bytes through streams, and bare streams of as many such chunks.
 
@@ -152,92 +196,56 @@ def one_run(page_count: int, size: int, rounds: int) -> dict[str, object]:
     sent in their place, one drops it, one reads and writes such a store as the sidecar has, and one
     is the first with TLS.
     """
-    chunk_bytes = len(next(chunks(memoryview(bytes(size)))))
-    per_page = -(-size // chunk_bytes)
-    names = [f"{0:032x}/{index:064x}" for index in range(page_count)]
-    pages = [memoryview(bytearray(os.urandom(size))) for _ in names]
-    folder = tempfile.TemporaryDirectory()
-    directory = Path(folder.name)
-    authority = Authority(directory)
-    authority.sign("server")
-    certificate, key = directory / "server.pem", directory / "server.key"
-    arguments = (page_count, size, chunk_bytes, REMOTE_STORE)
-    bare = {kind: BareServer(*arguments) for kind in ("", " dropped", " with store")}
-    bare[" over TLS"] = BareServer(
-        *arguments, certificate, key, authorities=authority.certificate.read_bytes()
-    )
+    pages = [memoryview(bytearray(os.urandom(size))) for _ in range(page_count)]
+    calls: dict[str, tuple[int, Callable[[], object]]] = {}
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        authority = Authority(directory)
+        authority.sign("server")
+        files = str(directory / "server.pem"), str(directory / "server.key")
+        bare = {kind: BareServer(pages) for kind in ("", " dropped", " with store")}
+        authorities = authority.certificate.read_bytes()
+        bare[" over TLS"] = BareServer(pages, *files, authorities=authorities)
+        for kind, server in bare.items():
+            stack.callback(server.close)
+            calls |= {name: (server.pid, call) for name, call in bare_calls(server, kind).items()}
+        settings = dict(zip(("tls.certificate", "tls.key"), files, strict=True))
+        settings["store.url"] = REMOTE_STORE
+        plain = stack.enter_context(Sidecar(directory, REMOTE_STORE))
+        private = stack.enter_context(SidecarProcess(directory, settings))
+        tls = f"sidecar://{private.target}?tls=1&ca_file={authority.certificate}"
+        for kind, sidecar, url in (("", plain, plain.url), (" over TLS", private, tls)):
+            own = own_calls(url, kind, pages)
+            calls |= {name: (sidecar.pid, call) for name, call in own.items()}
+        return timed(calls, rounds, ([None] * page_count, [size] * page_count))
 
-    def bare_get(kind: str, method: str) -> None:
-        parts = bare[kind].channel.unary_stream(f"/bare/{method}")(b"", timeout=60)
-        for index, chunk in enumerate(parts):
-            page, at = pages[index // per_page], index % per_page * chunk_bytes
-            page[at : at + len(chunk)] = chunk[: size - at]
 
-    def bare_put(kind: str, method: str) -> None:
-        parts = (
-            bytes(page[at : at + chunk_bytes])
-            for page in pages
-            for at in range(0, size, chunk_bytes)
-        )
-        bare[kind].channel.stream_unary(f"/bare/{method}")(parts, timeout=60)
-
+def timed(
+    calls: dict[str, tuple[int, Callable[[], object]]], rounds: int, right: tuple[object, object]
+) -> dict[str, object]:
+    """Seconds of each call in turns, of the processors and of another thread, and whether the
+    answers are `right`.
+    """
     seconds: dict[str, list[float]] = {}
     late: dict[str, list[float]] = {}
     processor: Counter[str] = Counter()
     metronome = Metronome()
     metronome.start()
-    with (
-        Sidecar(directory, REMOTE_STORE) as own,
-        SidecarProcess(
-            directory,
-            {"store.url": REMOTE_STORE, "tls.certificate": str(certificate), "tls.key": str(key)},
-        ) as private,
-    ):
-        calls: dict[str, tuple[int, Callable[[], object]]] = {}
-        backends = []
-        for server, kind, url in (
-            (own, "", own.url),
-            (
-                private,
-                " over TLS",
-                f"sidecar://{private.target}?tls=1&ca_file={authority.certificate}",
-            ),
-        ):
-            backend = open_backend(url)
-            backends.append(backend)
-            calls[f"put{kind}"] = server.pid, partial(backend.put, names, pages, timeout_seconds=60)
-            calls[f"get{kind}"] = (
-                server.pid,
-                partial(backend.get_into, names, pages, timeout_seconds=60),
-            )
-        for kind, put, get in (
-            ("", "put", "get"),
-            (" dropped", "put_dropped", ""),
-            (" with store", "put_stored", "get_stored"),
-            (" over TLS", "put", "get"),
-        ):
-            calls[f"bare put{kind}"] = bare[kind].pid, partial(bare_put, kind, put)
-            if get:
-                calls[f"bare get{kind}"] = bare[kind].pid, partial(bare_get, kind, get)
-        for index in range(rounds + 1):  # the first fills the stores, and does not count
-            for name in list(calls) if index % 2 == 0 else reversed(calls):
-                server, call = calls[name]
-                before = processor_seconds(os.getpid()) + processor_seconds(server)
-                metronome.latest()
-                started = time.perf_counter()
-                answers = call()
-                if index:
-                    seconds.setdefault(name, []).append(time.perf_counter() - started)
-                    late.setdefault(name, []).append(metronome.latest())
-                    used = processor_seconds(os.getpid()) + processor_seconds(server) - before
-                    processor[name] += used
-                assert answers in (None, [None] * page_count, [size] * page_count), answers
-        for backend in backends:
-            backend.close()
+    order = sorted(calls, key=lambda name: "get" in name)  # what is got was put
+    for index in range(rounds + 1):  # the first fills the stores, and does not count
+        for name in reversed(order) if index % 2 else order:
+            server, call = calls[name]
+            before = processor_seconds(os.getpid()) + processor_seconds(server)
+            metronome.latest()
+            started = time.perf_counter()
+            answers = call()
+            if index:
+                seconds.setdefault(name, []).append(time.perf_counter() - started)
+                late.setdefault(name, []).append(metronome.latest())
+                used = processor_seconds(os.getpid()) + processor_seconds(server) - before
+                processor[name] += used
+            assert answers is None or answers in right, answers
     metronome.close()
-    for server in bare.values():
-        server.close()
-    folder.cleanup()
     return {
         "processor_seconds": {name: used / rounds for name, used in processor.items()},
         "seconds": seconds,

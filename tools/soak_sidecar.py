@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -71,9 +72,9 @@ class Client:
         self.missing = 0
         self.wrong = 0
 
-    def work(self, count: int) -> None:
-        """Send so many pages there and back."""
-        while self.pages < count:
+    def work(self, batches: Iterator[int]) -> None:
+        """Send pages there and back, as long as there are batches left for all clients."""
+        for _ in batches:
             names = [f"{self._namespace}/{self.pages + i:064x}" for i in range(_BATCH)]
             self._source[:8] = self.pages.to_bytes(8, "little")
             sources = [self._source] * _BATCH
@@ -108,8 +109,9 @@ def main() -> None:
             urls = [url] * options.clients + [f"sidecar://{address}"] * options.remote_clients
             backends = [open_backend(url) for url in urls]
             clients = [Client(backend, options.page_bytes) for backend in backends]
-            share = options.pages // len(clients)
-            threads = [threading.Thread(target=client.work, args=(share,)) for client in clients]
+            # Shared, so that nobody is alone in the end.
+            batches = iter(range(-(-options.pages // _BATCH)))
+            threads = [threading.Thread(target=client.work, args=(batches,)) for client in clients]
             task = progress.add_task("pages", total=options.pages)
             for thread in threads:
                 thread.start()

@@ -6,29 +6,32 @@ import secrets
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import grpc
 
 from kvcodec.backend import Deadline, GetResult, PutResult
-from kvcodec.connection import Connection
+from kvcodec.connection import Connection, TLSConnection
 from kvcodec.errors import BackendError, BackendTimeout
 from kvcodec_proto.v1.service_pb2_grpc import PageServiceStub
 from kvcodec_server import _client_streams as streams
 from kvcodec_server._client_streams import Metadata
-from kvcodec_server._http2 import Http2Call
+from kvcodec_server._http2 import Http2Connection, NotServed
 from kvcodec_server.options import CLIENT_METADATA
 
 __all__ = ["Address", "RemoteDoor"]
+
+T = TypeVar("T")
 
 _OBJECTS_PER_CALL = 500
 # A connection that was left is closed after this time: calls on it that do hear something go on.
 _LEFT_SECONDS = 60.0
 _MAX_LEFT = 8
-# One for streams that has said nothing for this time is closed instead of used: whatever is between
-# may have forgotten it, and the server asks whether we are there after twice the time.
+# One for streams that has waited for so long is not used again: whatever is between may have
+# forgotten it, and the server asks whether we are there after twice the time. It is closed with the
+# next call, or by the server.
 _IDLE_SECONDS = 5.0
 _MAX_IDLE = 16
 # How long one attempt to connect may take: a server that stands still is one that does not answer.
@@ -55,20 +58,24 @@ class Address:
     tls: ssl.SSLContext | None = None
     server_name: str = ""
 
-    def connect(self, deadline: Deadline) -> Http2Call:
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def connect(self, deadline: Deadline) -> Http2Connection:
         """A connection for streams. Raises `OSError`."""
         soon = Deadline(min(_CONNECT_SECONDS, deadline.remaining_seconds()))
-        connection = Connection(
-            self.host, self.port, soon, tls=self.tls, server_name=self.server_name
-        )
+        transport: Connection
+        if self.tls is None:
+            transport = Connection(self.host, self.port, soon)
+        else:
+            transport = TLSConnection(self.host, self.port, soon, self.tls, self.server_name)
         try:
-            if self.tls is not None and connection.protocol() != "h2":
+            if isinstance(transport, TLSConnection) and transport.protocol() != "h2":
                 raise ConnectionError("the server does not speak HTTP/2")
-            host = f"[{self.host}]" if ":" in self.host else self.host
-            authority = self.server_name or f"{host}:{self.port}"
-            return Http2Call(connection, "https" if self.tls else "http", authority, deadline)
+            scheme, authority = "https" if self.tls else "http", self.server_name or str(self)
+            return Http2Connection(transport, scheme, authority, soon)
         except BaseException:
-            connection.close()
+            transport.close()
             raise
 
 
@@ -101,8 +108,8 @@ class RemoteDoor:
         self._lock = threading.Lock()
         self._line = _Line(open_channel())
         self._left: list[_Line] = []
-        self._idle: list[tuple[float, Http2Call]] = []
-        self._used: set[Http2Call] = set()
+        self._idle: list[tuple[float, Http2Connection]] = []
+        self._used: set[Http2Connection] = set()
         self._closed = False
 
     def stub(self, deadline: Deadline) -> tuple[PageServiceStub, Metadata]:
@@ -117,94 +124,113 @@ class RemoteDoor:
 
     def get(self, pairs: Sequence[tuple[str, memoryview]], deadline: Deadline) -> list[GetResult]:
         """Read objects into memory. What was not reached has the error of the call."""
-        results: list[GetResult] = []
-        for at in range(0, len(pairs), _OBJECTS_PER_CALL):
-            part = pairs[at : at + _OBJECTS_PER_CALL]
-            try:
-                with self._call(deadline) as call:
-                    for result in streams.get(call, part, self._metadata, deadline):
-                        results.append(result)  # those before an error count, too
-            except BackendError as error:
-                results += [error] * (at + len(part) - len(results))
-        return results
+        return self._answers(pairs, deadline, streams.get)
 
     def put(self, pairs: Sequence[tuple[str, memoryview]], deadline: Deadline) -> list[PutResult]:
         """Store objects from memory, which is not read after the return."""
-        results: list[PutResult] = []
-        for at in range(0, len(pairs), _OBJECTS_PER_CALL):
-            part = pairs[at : at + _OBJECTS_PER_CALL]
-            try:
-                with self._call(deadline) as call:
-                    results += streams.put(call, part, self._metadata, deadline)
-            except BackendError as error:
-                results += [error] * len(part)
-        return results
+        return self._answers(pairs, deadline, streams.put)
 
     def close(self) -> None:
         """Close the connections; calls under way end."""
         with self._lock:
             self._closed = True
-            for call in self._used:
-                call.connection.abort()
+            for connection in self._used:
+                connection.transport.abort()
             lines = [*self._left, self._line]
         self._close_idle()
         for line in lines:
             line.channel.close()
 
-    @contextmanager
-    def _call(self, deadline: Deadline) -> Iterator[Http2Call]:
-        """A connection for one call, kept for the next if that ended well. What it raises is a
-        `BackendError` afterwards.
+    def _answers(
+        self,
+        pairs: Sequence[tuple[str, memoryview]],
+        deadline: Deadline,
+        exchange: Callable[
+            [Http2Connection, Sequence[tuple[str, memoryview]], Metadata, Deadline], Iterable[T]
+        ],
+    ) -> list[T | BackendError]:
+        """An answer per object, in calls of some objects each.
+
+        A call that cannot have reached the server goes on over a new connection, once: its own had
+        waited since another call, or the server says so.
         """
-        line, call = self._line, None
-        try:
-            call = self._take(deadline)
-            yield call
-        except TimeoutError as error:
-            self._leave(line.stub)
-            raise BackendTimeout("the sidecar was not heard in time") from error
-        except OSError as error:
-            raise BackendError(f"{self._address.host}:{self._address.port}: {error}") from error
-        finally:
-            if call is not None:
-                self._give(call)
+        answers: list[T | BackendError] = []
+        is_new = False
+        while len(answers) < len(pairs):
+            line, connection, was_idle = self._line, None, False
+            end = min(len(answers) + _OBJECTS_PER_CALL, len(pairs))
+            error: BackendError | None = None
+            try:
+                connection, was_idle = self._take(deadline, is_new=is_new)
+                for answer in exchange(
+                    connection, pairs[len(answers) : end], self._metadata, deadline
+                ):
+                    answers.append(answer)  # those before an error count, too
+            except BackendError as found:
+                error = found
+            except TimeoutError:
+                if connection is None or not connection.heard:
+                    self._leave(line.stub)
+                what = "connection" if connection is None else "answer"
+                error = BackendTimeout(f"{self._address}: no {what} in time")
+                end = len(pairs)
+            except OSError as lost:
+                is_stale = was_idle and connection and not (connection.ended or connection.heard)
+                if is_new or not (is_stale or isinstance(lost, NotServed)):
+                    error = BackendError(f"{self._address}: {lost}")
+                is_new = True
+            else:
+                is_new = False
+            finally:
+                if connection is not None:
+                    self._give(connection)
+            if error is not None:
+                answers += [error] * (end - len(answers))
+                is_new = False
+        return answers
 
-    def _take(self, deadline: Deadline) -> Http2Call:
-        call: Http2Call | None = None
-        while call is None:
+    def _take(self, deadline: Deadline, *, is_new: bool) -> tuple[Http2Connection, bool]:
+        """A connection, and whether it was used before."""
+        connection: Http2Connection | None = None
+        while not is_new and connection is None:
             with self._lock:
-                since, call = self._idle.pop() if self._idle else (0.0, None)
-            if call is None:
-                call = self._address.connect(deadline)
-            elif time.monotonic() - since > _IDLE_SECONDS or not call.is_usable(deadline):
-                call.connection.close()
-                call = None
+                if not self._idle:
+                    break
+                since, connection = self._idle.pop()
+            if time.monotonic() - since > _IDLE_SECONDS or not connection.is_usable(deadline):
+                connection.transport.close()
+                connection = None
+        was_idle = connection is not None
+        connection = connection or self._address.connect(deadline)
         with self._lock:
-            self._used.add(call)
+            self._used.add(connection)
             if self._closed:
-                call.connection.abort()
-        return call
+                connection.transport.abort()
+        return connection, was_idle
 
-    def _give(self, call: Http2Call) -> None:
-        old: list[Http2Call] = []
+    def _give(self, connection: Http2Connection) -> None:
+        """Keep a connection whose call is over, and close those that nobody wants any more."""
         now = time.monotonic()
         with self._lock:
-            self._used.discard(call)
-            if call.ended and not self._closed:
-                self._idle.append((now, call))
-                old = [call for since, call in self._idle if now - since > _IDLE_SECONDS]
-                old += [call for _, call in self._idle[:-_MAX_IDLE] if call not in old]
-                self._idle = [(since, call) for since, call in self._idle if call not in old]
-            else:
-                old.append(call)
-        for each in old:
-            each.connection.close()
+            self._used.discard(connection)
+            fresh = [(since, idle) for since, idle in self._idle if now - since <= _IDLE_SECONDS]
+            if connection.ended and not self._closed:
+                fresh.append((now, connection))
+            kept = fresh[-_MAX_IDLE:]
+            old = {idle for _, idle in self._idle} | {connection}
+            old -= {idle for _, idle in kept}
+            self._idle = kept
+        for idle in old:
+            if not idle.ended:
+                # A child that was forked meanwhile would keep the call open at the server.
+                idle.transport.abort()
+            idle.transport.close()
 
     def _close_idle(self) -> None:
         with self._lock:
             idle, self._idle = self._idle, []
-        for _, call in idle:
-            call.connection.close()
+        for _, connection in idle:
+            connection.transport.close()
 
     def _leave(self, stub: PageServiceStub) -> None:
         """Let later calls make other connections, unless they do already."""

@@ -7,6 +7,7 @@ where its object is wanted, and from there to the socket.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from urllib.parse import unquote
 
 import grpc
@@ -17,7 +18,7 @@ from kvcodec.backend import Deadline, GetResult, PutResult
 from kvcodec.errors import BackendError
 from kvcodec_proto.v1 import service_pb2 as pb
 from kvcodec_server._frames import GET_TAG, chunks, put_head
-from kvcodec_server._http2 import Http2Call
+from kvcodec_server._http2 import Http2Connection
 from kvcodec_server.status import (
     STATUS_TRAILER,
     as_backend_error,
@@ -35,6 +36,8 @@ _SERVICE = "/kvcodec.v1.PageService/"
 _MAX_ANSWER_BYTES = 4 << 20
 _MAX_FIELD_BYTES = 64 << 10
 _LONGEST_TIMEOUT = 99_999_999
+# How long they are waited for when every object is there, so that the connection can be kept.
+_TRAILERS_SECONDS = 1.0
 
 _CODES = {str(code.value[0]): code for code in grpc.StatusCode}
 # Of an answer that is not gRPC's own, such as a proxy's: gRPC's "HTTP to gRPC status code mapping".
@@ -51,51 +54,52 @@ _CODES_OF_HTTP = {
 
 
 def get(
-    call: Http2Call,
+    connection: Http2Connection,
     pairs: Sequence[tuple[str, memoryview]],
     metadata: Metadata,
     deadline: Deadline,
 ) -> Iterator[GetResult]:
     """Read objects into memory, an answer each.
 
-    Raises `BackendError` if the sidecar refuses the call or breaks its form, and what `Http2Call`
-    raises.
+    Raises `BackendError` if the sidecar refuses the call or breaks its form, and what an
+    `Http2Connection` raises.
     """
-    _begin(call, "GetStream", metadata, deadline)
+    _begin(connection, "GetStream", metadata, deadline)
     rooms = [pb.ObjectRoom(name=name, capacity=len(view)) for name, view in pairs]
-    call.send([_message(pb.GetStreamRequest(objects=rooms).SerializeToString())], last=True)
-    parts = _Parts(call)
+    connection.send([_message(pb.GetStreamRequest(objects=rooms).SerializeToString())], last=True)
+    parts = _Parts(connection)
     for _, view in pairs:
         yield _read(parts, view)
-    call.finish()
+    with suppress(TimeoutError):
+        connection.finish(_TRAILERS_SECONDS)
 
 
 def put(
-    call: Http2Call,
+    connection: Http2Connection,
     pairs: Sequence[tuple[str, memoryview]],
     metadata: Metadata,
     deadline: Deadline,
 ) -> list[PutResult]:
     """Store objects from memory, which is not read after the return. Raises as `get` does."""
-    _begin(call, "PutStream", metadata, deadline)
+    _begin(connection, "PutStream", metadata, deadline)
     header = pb.PutStreamRequest(header=pb.PutStreamHeader()).SerializeToString()
-    is_wanted = call.send([_message(header)])
+    is_wanted = connection.send([_message(header)])
     for name, view in pairs:
         start = pb.PutStreamRequest(start=pb.ObjectStart(name=name, length=len(view)))
         for index, chunk in enumerate(chunks(view)):
             head = put_head(None if index else start, len(chunk))
-            is_wanted = is_wanted and call.send([_message(head, len(chunk)), chunk])
+            is_wanted = is_wanted and connection.send([_message(head, len(chunk)), chunk])
         if not is_wanted:
             break
     if is_wanted:
-        call.send([], last=True)
-    parts = _Parts(call)
+        connection.send([], last=True)
+    parts = _Parts(connection)
     size = parts.begin()
     if size > _MAX_ANSWER_BYTES:
         raise BackendError(f"the sidecar answered with {size} bytes")
     answer = parts.read(size)
-    call.finish()
-    error = _error_of(call)
+    connection.finish()
+    error = _error_of(connection)
     if error is not None:
         raise error
     try:
@@ -107,15 +111,17 @@ def put(
     return [put_result(outcome) for outcome in outcomes]
 
 
-def _begin(call: Http2Call, method: str, metadata: Metadata, deadline: Deadline) -> None:
-    milliseconds = min(_LONGEST_TIMEOUT, max(1, round(deadline.remaining_seconds() * 1000)))
-    call.begin(
+def _begin(
+    connection: Http2Connection, method: str, metadata: Metadata, deadline: Deadline
+) -> None:
+    left = min(deadline.remaining_seconds() * 1000, _LONGEST_TIMEOUT)
+    connection.begin(
         _SERVICE + method,
         [
             ("te", "trailers"),
             ("content-type", "application/grpc"),
             ("user-agent", "kvcodec"),
-            ("grpc-timeout", f"{milliseconds}m"),
+            ("grpc-timeout", f"{max(1, round(left))}m"),
             *(hpack.NeverIndexedHeaderTuple(name, value) for name, value in metadata),
         ],
         deadline,
@@ -127,25 +133,30 @@ def _message(head: bytes, chunk_bytes: int = 0) -> bytes:
     return b"\0" + (len(head) + chunk_bytes).to_bytes(4, "big") + head
 
 
-def _error_of(call: Http2Call) -> BackendError | None:
+def _error_of(connection: Http2Connection) -> BackendError | None:
     """Why a call failed that is over; None if it did not."""
-    status, http = call.fields.get("grpc-status", ""), call.fields.get(":status", "none")
+    status, http = (
+        connection.fields.get("grpc-status", ""),
+        connection.fields.get(":status", "none"),
+    )
     if status == "0":
         return None
     if status.isdecimal():
         code = _CODES.get(status, grpc.StatusCode.UNKNOWN)
-        detail = unquote(call.fields.get("grpc-message", ""))
+        detail = unquote(connection.fields.get("grpc-message", ""))
     else:
         code = _CODES_OF_HTTP.get(http, grpc.StatusCode.UNKNOWN)
         detail = f"an answer without a status of gRPC, its HTTP status {http}"
-    return as_backend_error(error_of_status(code, detail, call.fields.get(STATUS_TRAILER, "")))
+    return as_backend_error(
+        error_of_status(code, detail, connection.fields.get(STATUS_TRAILER, ""))
+    )
 
 
 class _Parts:
     """The messages of an answer."""
 
-    def __init__(self, call: Http2Call) -> None:
-        self._call = call
+    def __init__(self, connection: Http2Connection) -> None:
+        self._connection = connection
         self._left = 0
 
     def begin(self) -> int:
@@ -155,7 +166,7 @@ class _Parts:
         if self._left:
             self.read(self._left)
         prefix = self.read(5)
-        if self._call.fields.get(":status") != "200":
+        if self._connection.fields.get(":status") != "200":
             raise self._failure()
         if prefix[0]:
             raise BackendError("the sidecar answered with a compressed message")
@@ -180,13 +191,13 @@ class _Parts:
 
     def read_into(self, view: memoryview) -> None:
         """The next bytes of a chunk."""
-        if not self._call.receive_into(view):
+        if not self._connection.receive_into(view):
             raise self._failure()
         self._left -= min(self._left, len(view))
 
     def _failure(self) -> BackendError:
         """Why there is no message where one should be."""
-        return _error_of(self._call) or BackendError("the sidecar broke off its answer")
+        return _error_of(self._connection) or BackendError("the sidecar broke off its answer")
 
     def _fields(self, head: bytearray) -> int:
         """Collect the fields before a chunk, whatever they are; the length of the chunk."""

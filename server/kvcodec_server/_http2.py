@@ -13,9 +13,12 @@ from collections.abc import Iterable, Sequence
 import hpack
 
 from kvcodec.backend import Deadline
-from kvcodec.connection import Connection
+from kvcodec.connection import Connection, ConnectionEnded
+from kvcodec_server._http2_fields import Block, FieldBlocks, Http2Error
 
-__all__ = ["Http2Call", "Http2Error", "StreamReset"]
+__all__ = ["Http2Connection", "NotServed"]
+
+_HINT = "is it a sidecar's port, and is tls=1 missing, or a certificate of ours?"
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _HEADER_BYTES = 9
@@ -23,40 +26,29 @@ _HEADER_BYTES = 9
 _DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PUSH_PROMISE, _PING, _GOAWAY = 0, 1, 3, 4, 5, 6, 7
 _WINDOW_UPDATE, _CONTINUATION = 8, 9
 _ACK = _END_STREAM = 0x1
-_END_HEADERS, _PADDED, _PRIORITY = 0x4, 0x8, 0x20
+_END_HEADERS, _PADDED = 0x4, 0x8
 
 _HEADER_TABLE_SIZE, _ENABLE_PUSH, _INITIAL_WINDOW_SIZE, _MAX_FRAME_SIZE = 1, 2, 4, 5
 _MAX_HEADER_LIST_SIZE = 6
 
-_CANCEL = 8
+_REFUSED_STREAM, _CANCEL = 7, 8
 _MAX_WINDOW = (1 << 31) - 1
 _LAST_STREAM = (1 << 31) - 1
 
 # What the server may send before it hears that we took it, and after how much of it we say so.
 _WINDOW_BYTES = 16 << 20
 _CREDIT_BYTES = 4 << 20
-# Of one frame of data that the server may send, and that we do: gRPC's server is quickest with a
-# message in one piece.
+# Of one frame of data that the server may send.
 _FRAME_BYTES = 1 << 20
-_SENT_FRAME_BYTES = 4 << 20
-# Of any other frame, and of the fields of a response.
+# Of any other frame that we know.
 _CONTROL_BYTES = 16 << 10
-_FIELD_BYTES = 64 << 10
 _BUFFER_BYTES = 32 << 10
 
 Field = tuple[str, str] | hpack.HeaderTuple
 
 
-class Http2Error(ConnectionError):
-    """The server does not speak HTTP/2 as it should. The connection is of no further use."""
-
-
-class StreamReset(ConnectionError):
-    """The server broke the call off, with an error code of HTTP/2."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(f"the server broke the call off (HTTP/2 error code {code})")
-        self.code = code
+class NotServed(ConnectionError):
+    """The server has done nothing about the call, which may be made again."""
 
 
 def _frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
@@ -71,27 +63,30 @@ def _settings(*pairs: tuple[int, int]) -> bytes:
     return _frame(_SETTINGS, 0, 0, b"".join(struct.pack(">HI", *pair) for pair in pairs))
 
 
-class Http2Call:
+class Http2Connection:
     """A connection, and the calls on it, one after the other. For one thread at a time.
 
-    `begin` opens a call; it is over when `ended`, and then `fields` has all that the server said in
-    headers and trailers. Every step raises `TimeoutError` at the deadline of the call, and another
-    `OSError` when the connection is lost, `StreamReset` when only the call is.
+    `begin` opens a call, of which `heard` says whether the server has answered anything; it is over
+    when `ended`, and then `fields` has all that the server said in headers and trailers. Every step
+    raises `TimeoutError` at the deadline of the call, and another `OSError` when the call or the
+    connection is lost: the latter unless `ended`.
     """
 
     def __init__(
-        self, connection: Connection, scheme: str, authority: str, deadline: Deadline
+        self, transport: Connection, scheme: str, authority: str, deadline: Deadline
     ) -> None:
         """Greet the server."""
-        self.connection = connection
+        self.transport = transport
         self.ended = True
+        self.heard = False
         self.fields: dict[str, str] = {}
         self._target: list[Field] = [(":scheme", scheme), (":authority", authority)]
         self._deadline = deadline
         self._encoder = hpack.Encoder()
-        self._decoder = hpack.Decoder(max_header_list_size=_FIELD_BYTES)
+        self._blocks = FieldBlocks()
         self._stream = -1
         self._asking = False
+        self._greeted = False
         self._going = False
         # Of the server, until it says otherwise.
         self._initial_window = 65535
@@ -103,10 +98,9 @@ class Http2Call:
         self._start = self._stop = 0
         self._data_left = 0
         self._data_ends = False
+        # To be read over, and whether it counts as data.
         self._skip = 0
-        self._fields_open: bytearray | None = None
-        self._fields_flags = 0
-        self._fields_stream = 0
+        self._skip_counts = True
         # Taken since the server heard of it last.
         self._owed_connection = self._owed_stream = 0
         greeting = _settings(
@@ -136,8 +130,10 @@ class Http2Call:
         self._stream += 2
         self._stream_window = self._initial_window
         self._owed_stream = 0
-        self.ended, self.fields, self._asking = False, {}, True
-        block = self._encoder.encode([(":method", "POST"), (":path", path), *self._target, *fields])
+        self.ended, self.heard, self.fields, self._asking = False, False, {}, True
+        request = [(":method", "POST"), (":path", path), *self._target, *fields]
+        # As they are: to shorten a token by a third took a millisecond, under the GIL.
+        block = self._encoder.encode(request, huffman=False)
         parts = [block[at : at + self._max_frame] for at in range(0, len(block), self._max_frame)]
         for index, part in enumerate(parts):
             kind = _CONTINUATION if index else _HEADERS
@@ -162,11 +158,11 @@ class Http2Call:
                 self._next(wait=True)
                 continue
             # Without data nothing is asked of a window, which may be below zero.
-            length = min(size, room, self._max_frame, _SENT_FRAME_BYTES) if size else 0
+            length = min(size, room, self._max_frame) if size else 0
             size -= length
             ends = last and not size
             header = _frame_header(_DATA, _END_STREAM if ends else 0, self._stream, length)
-            self.connection.send([header, *_taken(left, length)], self._deadline)
+            self.transport.send([header, *_taken(left, length)], self._deadline)
             self._connection_window -= length
             self._stream_window -= length
             self._asking = not ends
@@ -188,7 +184,7 @@ class Http2Call:
                 self._start += buffered
                 length = buffered
             else:
-                length = self.connection.receive_some(view[:length], self._deadline)
+                length = self.transport.receive_some(view[:length], self._deadline)
             view = view[length:]
             self._data_left -= length
             self._take_in(length, length)
@@ -196,8 +192,10 @@ class Http2Call:
                 self._end()
         return True
 
-    def finish(self) -> None:
-        """Read over what is left of the response."""
+    def finish(self, seconds: float | None = None) -> None:
+        """Read over what is left of the response, for so many seconds if that ends earlier."""
+        if seconds is not None:
+            self._deadline = Deadline(min(seconds, self._deadline.remaining_seconds()))
         while not self.ended:
             if self._data_left:
                 self._skip += self._data_left
@@ -210,7 +208,10 @@ class Http2Call:
     def _end(self) -> None:
         """The server has said all. It may wait for the rest of a request, which will not come."""
         if self._asking:
-            self._send(_frame(_RST_STREAM, 0, self._stream, struct.pack(">I", _CANCEL)))
+            try:
+                self._send(_frame(_RST_STREAM, 0, self._stream, struct.pack(">I", _CANCEL)))
+            except OSError:  # no reason to forget what the server has said
+                self._going = True
         # Last: a call that is over has a connection that no step has failed on.
         self.ended = True
 
@@ -222,17 +223,23 @@ class Http2Call:
             skipped = min(self._skip, self._stop - self._start)
             self._start += skipped
             self._skip -= skipped
-            self._take_in(skipped, 0)
+            self._take_in(skipped * self._skip_counts, 0)
         if not self._buffered(_HEADER_BYTES, wait=wait):
             return False
         high, low, kind, flags, stream = struct.unpack_from(">HBBBI", self._buffer, self._start)
         length, stream = high << 8 | low, stream & _MAX_WINDOW
-        if length > (_FRAME_BYTES if kind == _DATA else _CONTROL_BYTES):
+        if not self._greeted and (kind != _SETTINGS or flags & _ACK):
+            raise Http2Error(f"no HTTP/2 is spoken there; {_HINT}")
+        self._greeted = True
+        if length > (_CONTROL_BYTES if _DATA < kind <= _CONTINUATION else _FRAME_BYTES):
             raise Http2Error(f"a frame of {length} bytes")
-        if self._fields_open is not None and (kind, stream) != (_CONTINUATION, self._fields_stream):
-            raise Http2Error("fields that do not go on")
+        self._blocks.check_next(stream if kind == _CONTINUATION else None)
         if kind == _DATA:
             return self._begin_data(flags, stream, length, wait=wait)
+        if kind > _CONTINUATION:  # of a kind that is for others
+            self._start += _HEADER_BYTES
+            self._skip, self._skip_counts = length, False
+            return True
         if not self._buffered(_HEADER_BYTES + length, wait=wait):
             return False
         at = self._start + _HEADER_BYTES
@@ -252,9 +259,11 @@ class Http2Call:
         if not 0 < stream <= self._stream:
             raise Http2Error("data of a call that nobody made")
         self._start += _HEADER_BYTES
+        self._skip_counts = True
         if stream != self._stream or self.ended:
             self._skip = length
             return True
+        self.heard = True
         if padding:
             self._start += 1
             self._take_in(1, padding)
@@ -278,15 +287,19 @@ class Http2Call:
             code = _number(payload)
             if stream == self._stream and not self.ended:
                 self.ended = True
-                raise StreamReset(code)
+                if code == _REFUSED_STREAM and not self.heard:
+                    raise NotServed("the server refused the call")
+                raise ConnectionError(f"the server broke the call off (HTTP/2 error code {code})")
         elif kind == _GOAWAY:
             self._going = True
             if len(payload) < 8:
                 raise Http2Error("a GOAWAY that is cut off")
             if not self.ended and _number(payload[:4]) & _MAX_WINDOW < self._stream:
-                raise ConnectionError("the server is going away")
-        elif kind in (_HEADERS, _CONTINUATION):
-            self._collect(kind, flags, stream, payload)
+                raise NotServed("the server is going away")
+        elif kind == _HEADERS:
+            self._hear(self._blocks.begin(flags, stream, payload))
+        elif kind == _CONTINUATION:
+            self._hear(self._blocks.go_on(flags, payload))
         elif kind == _PUSH_PROMISE:
             raise Http2Error("a pushed stream")
 
@@ -317,34 +330,14 @@ class Http2Call:
         if not amount or max(self._connection_window, self._stream_window) > _MAX_WINDOW:
             raise Http2Error(f"a window that grows by {amount} bytes")
 
-    def _collect(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
-        """Part of a block of fields; all of it is decoded, whose ever it is."""
-        if kind == _HEADERS:
-            self._fields_open = bytearray()
-            self._fields_flags, self._fields_stream = flags, stream
-            padding = payload[0] if flags & _PADDED and payload else 0
-            before = bool(flags & _PADDED) + (5 if flags & _PRIORITY else 0)
-            if before + padding > len(payload):
-                raise Http2Error("more padding than there is in the frame")
-            payload = payload[before : len(payload) - padding]
-        if self._fields_open is None:
-            raise Http2Error("fields that go on and have not begun")
-        self._fields_open += payload
-        if len(self._fields_open) > _FIELD_BYTES:
-            raise Http2Error(f"more than {_FIELD_BYTES} bytes of fields")
-        if not flags & _END_HEADERS:
+    def _hear(self, block: Block | None) -> None:
+        """What the server says of the call: its headers, but for those in between, and trailers."""
+        if block is None or block.stream != self._stream or self.ended:
             return
-        block, self._fields_open = bytes(self._fields_open), None
-        try:
-            pairs = self._decoder.decode(block, raw=True)
-        except hpack.HPACKError as error:
-            raise Http2Error(f"fields that cannot be read: {error}") from error
-        found = {_text(name): _text(value) for name, value in pairs}
-        if self._fields_stream != self._stream or self.ended:
-            return
-        if not found.get(":status", "").startswith("1"):
-            self.fields |= found
-            if self._fields_flags & _END_STREAM:
+        self.heard = True
+        if not block.fields.get(":status", "").startswith("1"):
+            self.fields |= block.fields
+            if block.ends:
                 self._end()
 
     def _take_in(self, of_connection: int, of_stream: int) -> None:
@@ -362,7 +355,7 @@ class Http2Call:
         self._send(_frame(_WINDOW_UPDATE, 0, stream, struct.pack(">I", amount)))
 
     def _send(self, data: bytes) -> None:
-        self.connection.send([data], self._deadline)
+        self.transport.send([data], self._deadline)
 
     def _buffered(self, size: int, *, wait: bool) -> bool:
         """Whether so many bytes of frames have arrived."""
@@ -378,7 +371,12 @@ class Http2Call:
         if self._start:
             self._buffer[:left] = self._buffer[self._start : self._stop]
             self._start, self._stop = 0, left
-        received = self.connection.receive_some(self._buffer[left:], self._deadline, wait=wait)
+        try:
+            received = self.transport.receive_some(self._buffer[left:], self._deadline, wait=wait)
+        except ConnectionEnded as error:
+            if self._greeted:
+                raise
+            raise ConnectionEnded(f"{error} without a greeting; {_HINT}") from error
         self._stop += received
         return received > 0
 
@@ -405,8 +403,3 @@ def _number(payload: bytes) -> int:
 def _check_length(payload: bytes, length: int) -> None:
     if len(payload) != length:
         raise Http2Error(f"a frame of {len(payload)} bytes that should have {length}")
-
-
-def _text(part: str | bytes) -> str:
-    """A field's name or value, whatever is in it."""
-    return part if isinstance(part, str) else part.decode("latin-1")
