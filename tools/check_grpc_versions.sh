@@ -35,6 +35,7 @@ import google.protobuf, grpc
 print(grpc.__version__, google.protobuf.__version__)')
     [ "$found" = "$grpcio $protobuf" ] || { echo "but $found was imported" >&2; exit 1; }
     PYTHONPATH=$release "$python" -m pytest -q -p no:cacheprovider tests/test_proto.py \
-        tests/test_server_*.py tests/test_sidecar_*.py "${options[@]}" || failed=1
+        tests/test_server_*.py tests/test_sidecar_*.py tests/test_http2_*.py tests/test_remote_door.py \
+        "${options[@]}" || failed=1
 done
 exit $failed
