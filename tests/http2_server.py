@@ -38,6 +38,7 @@ TABLE_SIZE, INITIAL_WINDOW, MAX_FRAME = 1, 4, 5
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 OK_FIELDS = ((":status", "200"), ("content-type", "application/grpc"))
 SECONDS = 20.0
+MIB = 1 << 20
 _GUARD = b"\xa5" * 64
 
 
@@ -172,6 +173,22 @@ def stored_all(count: int) -> bytes:
 def whole(objects: Sequence[bytes | None], stream: int = 1) -> bytes:
     """A complete answer to a get."""
     return head(stream) + data(messages(objects), stream) + tail(stream)
+
+
+def answering(
+    *answer: bytes, then: Callable[[Talk], object] | None = None
+) -> Callable[[Talk], None]:
+    """Greets, hears a request, and says this."""
+
+    def script(talk: Talk) -> None:
+        talk.greet()
+        talk.request()
+        talk.send(*answer)
+        if then is not None:
+            then(talk)
+        talk.linger()
+
+    return script
 
 
 class Server:

@@ -19,6 +19,7 @@ from http2_server import (
     HEADERS,
     INITIAL_WINDOW,
     MAX_FRAME,
+    MIB,
     PADDED,
     PING,
     PUSH_PROMISE,
@@ -42,14 +43,11 @@ from http2_server import (
     tail,
     whole,
 )
-from waiting import wait_until
+from waiting import SLACK_SECONDS, wait_until
 
 from kvcodec.errors import BackendError, BackendFull, BackendReadOnly, BackendTimeout
 from kvcodec_proto.v1 import service_pb2 as pb
 
-MIB = 1 << 20
-#: How late a call may end after its deadline on a loaded machine; what hangs here hangs longer.
-SLACK_SECONDS = 5.0
 OBJECTS = [b"first" * 20, b"second" * 20]
 ROOMS = [100, 150]
 HUGE = b"\xff\xff\xff\xff\xff\xff\xff\xff\x7f"  # 2^63 - 1

@@ -10,6 +10,7 @@ from http2_server import (
     GOAWAY,
     HEADERS,
     INITIAL_WINDOW,
+    MIB,
     PADDED,
     RST_STREAM,
     SETTINGS,
@@ -32,7 +33,6 @@ from http2_server import (
 from kvcodec.errors import BackendError
 from kvcodec_server._client_remote import Address, RemoteDoor
 
-MIB = 1 << 20
 OBJECTS = [b"first" * 20, b"second" * 20]
 ROOMS = [100, 150]
 

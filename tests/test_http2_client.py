@@ -18,6 +18,7 @@ from http2_server import (
     HEADERS,
     INITIAL_WINDOW,
     MAX_FRAME,
+    MIB,
     OK_FIELDS,
     PADDED,
     PING,
@@ -27,6 +28,7 @@ from http2_server import (
     TABLE_SIZE,
     WINDOW_UPDATE,
     Sidecar,
+    answering,
     block,
     data,
     get,
@@ -47,25 +49,8 @@ from waiting import wait_until
 from kvcodec.errors import BackendError
 from kvcodec_server import _client_remote
 
-MIB = 1 << 20
-#: How late a call may end after its deadline on a loaded machine; what hangs here hangs longer.
-SLACK_SECONDS = 5.0
 OBJECTS = [os.urandom(5000), None, os.urandom(1), os.urandom(70_000)]
 ROOMS = [5000, 10, 1, 80_000]
-
-
-def answering(*answer: bytes, then=None):
-    """Greets, hears a request, and says this."""
-
-    def script(talk):
-        talk.greet()
-        talk.request()
-        talk.send(*answer)
-        if then is not None:
-            then(talk)
-        talk.linger()
-
-    return script
 
 
 def is_error(answer: object) -> bool:

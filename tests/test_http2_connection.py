@@ -21,6 +21,7 @@ from http2_server import (
     DATA,
     HEADERS,
     INITIAL_WINDOW,
+    MIB,
     PING,
     WINDOW_UPDATE,
     Sidecar,
@@ -38,7 +39,7 @@ from http2_server import (
     whole,
 )
 from server_redis import certificates
-from waiting import wait_until
+from waiting import SLACK_SECONDS, wait_until
 
 from kvcodec.backend import Deadline
 from kvcodec.connection import Connection
@@ -47,9 +48,6 @@ from kvcodec_server import _client_remote
 from kvcodec_server._client_remote import Address, RemoteDoor
 from kvcodec_server.options import CLIENT_METADATA
 
-MIB = 1 << 20
-#: How late a call may end after its deadline on a loaded machine; what hangs here hangs longer.
-SLACK_SECONDS = 5.0
 OBJECTS = [b"object" * 10]
 ROOM = 60
 

@@ -37,12 +37,13 @@ from http2_server import (
 from hypothesis import given
 from hypothesis import strategies as st
 from profiles import examples
+from waiting import SLACK_SECONDS
 
 from kvcodec.errors import BackendError
 from kvcodec_proto.v1 import service_pb2 as pb
 from kvcodec_server.status import get_result
 
-SECONDS, SLACK_SECONDS = 5.0, 5.0
+SECONDS = 5.0
 ROOM = 400
 
 objects = st.lists(

@@ -7,7 +7,9 @@ import time
 import pytest
 from http2_flood import frame
 from http2_server import (
+    MIB,
     WINDOW_UPDATE,
+    answering,
     data,
     found,
     get,
@@ -20,25 +22,10 @@ from http2_server import (
     tail,
     whole,
 )
+from waiting import SLACK_SECONDS
 
 from kvcodec.errors import BackendError, BackendTimeout
 from kvcodec_proto.v1 import service_pb2 as pb
-
-MIB = 1 << 20
-#: How late a call may end after its deadline on a loaded machine; what hangs here hangs longer.
-SLACK_SECONDS = 5.0
-
-
-def saying(*answer: bytes):
-    """Hears a request, and says this."""
-
-    def script(talk):
-        talk.greet()
-        talk.request()
-        talk.send(*answer)
-        talk.linger()
-
-    return script
 
 
 @pytest.mark.parametrize("call", [get, put])
@@ -65,7 +52,7 @@ def test_frames_that_come_faster_than_they_are_read_do_not_move_the_deadline(cal
 def test_what_comes_before_an_answer_is_not_the_answer():
     early = head(1, [(":status", "103"), ("grpc-status", "8")])
     late = head(1, [(":status", "502")], end=True)
-    with peer(saying(early, late)) as (door, _):
+    with peer(answering(early, late)) as (door, _):
         (answer,) = get(door, 9)
         assert "HTTP status 502" in str(answer)
 
@@ -74,7 +61,7 @@ def test_a_chunk_does_not_reach_into_the_next_message():
     """Its length says so, and there is enough to come."""
     outcome = pb.GetStreamResponse(outcome=found(100)).SerializeToString()
     said = message(outcome + b"\x12\x64" + bytes(90)) + message(bytes(90))
-    with peer(saying(head(), data(said), tail())) as (door, _):
+    with peer(answering(head(), data(said), tail())) as (door, _):
         (answer,) = get(door, 100)
         assert "a field of 100 bytes in 90" in str(answer)
 
@@ -82,7 +69,7 @@ def test_a_chunk_does_not_reach_into_the_next_message():
 def test_a_chunk_of_nobody_gives_no_object_to_another():
     """Whoever went on after it would take each object for the one before."""
     said = messages([b"first"]) + part(None, b"stray") + messages([b"second", b"third"])
-    with peer(saying(head(), data(said), tail())) as (door, _):
+    with peer(answering(head(), data(said), tail())) as (door, _):
         first, *others = get(door, 9, 9, 9)
         assert first == b"first"
         assert all(isinstance(other, BackendError) for other in others)

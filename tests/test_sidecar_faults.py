@@ -19,7 +19,7 @@ from faulty_proxy import FaultyProxy
 from pages import Case
 from server_sidecar import HANGS, HANGS_SECONDS, RAISES, STOPS_READING, STOPS_WRITING, Sidecar
 from sidecar_process import is_open
-from waiting import wait_until
+from waiting import SLACK_SECONDS, wait_until
 
 from kvcodec.backend import Deadline
 from kvcodec.errors import BackendError, BackendTimeout
@@ -33,8 +33,6 @@ from kvcodec_server.client import SidecarBackend
 
 NAMESPACE = "5" * 32
 SIZE = 100_000
-#: How late a call may end after its deadline on a loaded machine; what hangs here hangs longer.
-SLACK_SECONDS = 5.0
 RESTARTS = 30 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 5
 
 

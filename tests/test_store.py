@@ -20,7 +20,7 @@ from store_pages import (
     random_pages,
     timed,
 )
-from waiting import wait_until
+from waiting import SLACK_SECONDS, wait_until
 
 from kvcodec.backend import open_backend
 from kvcodec.errors import BackendFull, ConfigError
@@ -37,8 +37,6 @@ HURRIED = replace(
     prefetch_timeout_seconds=0.5,
     backup_timeout_seconds=0.5,
 )
-#: How late a call may end after its deadline on a loaded machine; a store that hangs takes longer.
-SLACK_SECONDS = 5.0
 
 
 @pytest.fixture

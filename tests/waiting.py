@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+#: How late a call may end after its deadline on a loaded machine; what hangs in tests hangs longer.
+SLACK_SECONDS = 5.0
+
 
 def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> float:
     """Seconds until it was true; fails the test if it is not within `seconds`."""

@@ -15,7 +15,7 @@ from kvcodec_proto.v1 import service_pb2 as pb
 from kvcodec_proto.v1.service_pb2_grpc import PageServiceStub
 from kvcodec_server._client_link import Link
 from kvcodec_server._client_region import ClientRegion, Slot
-from kvcodec_server._client_streams import Metadata
+from kvcodec_server.options import Metadata
 from kvcodec_server.status import as_backend_error, error_of_call, get_result, put_result
 
 __all__ = ["LocalDoor"]

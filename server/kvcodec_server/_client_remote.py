@@ -17,9 +17,8 @@ from kvcodec.connection import Connection, TLSConnection
 from kvcodec.errors import BackendError, BackendTimeout
 from kvcodec_proto.v1.service_pb2_grpc import PageServiceStub
 from kvcodec_server import _client_streams as streams
-from kvcodec_server._client_streams import Metadata
 from kvcodec_server._http2 import Http2Connection, NotServed
-from kvcodec_server.options import CLIENT_METADATA
+from kvcodec_server.options import CLIENT_METADATA, Metadata
 
 __all__ = ["Address", "RemoteDoor"]
 

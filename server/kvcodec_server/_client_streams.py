@@ -19,6 +19,7 @@ from kvcodec.errors import BackendError
 from kvcodec_proto.v1 import service_pb2 as pb
 from kvcodec_server._frames import GET_TAG, chunks, put_head
 from kvcodec_server._http2 import Http2Connection
+from kvcodec_server.options import Metadata
 from kvcodec_server.status import (
     STATUS_TRAILER,
     as_backend_error,
@@ -27,9 +28,7 @@ from kvcodec_server.status import (
     put_result,
 )
 
-__all__ = ["Metadata", "get", "put"]
-
-Metadata = tuple[tuple[str, str], ...]
+__all__ = ["get", "put"]
 
 _SERVICE = "/kvcodec.v1.PageService/"
 # Of the answer to a put, and of what a message of a get has beside its chunk.

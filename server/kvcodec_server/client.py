@@ -34,6 +34,7 @@ from kvcodec_proto.v1 import service_pb2 as pb
 from kvcodec_server._client_link import CHANNEL_OPTIONS
 from kvcodec_server._client_local import LocalDoor
 from kvcodec_server._client_remote import Address, RemoteDoor
+from kvcodec_server.options import Metadata
 from kvcodec_server.status import as_backend_error, error_of_call
 
 __all__ = ["DEFAULT_REGION_BYTES", "SidecarBackend"]
@@ -146,7 +147,7 @@ class SidecarBackend(Backend):
                 return grpc.insecure_channel(parts.netloc, options=channel_options)
             return grpc.secure_channel(parts.netloc, credentials, options=channel_options)
 
-        metadata: tuple[tuple[str, str], ...] = ()
+        metadata: Metadata = ()
         if "token_file" in files:
             metadata = (("authorization", f"Bearer {_token(shown, files['token_file'])}"),)
         address = Address(host.strip("[]"), int(port), context, options.get("server_name", ""))

@@ -14,6 +14,9 @@ __all__ = ["CHUNK_BYTES", "CLIENT_METADATA", "RELOADABLE", "ServerOptions", "ign
 #: any language unless told otherwise. An object that is one message is never put together.
 CHUNK_BYTES = 2 << 20
 
+#: What a call brings beside its messages: names and values.
+Metadata = tuple[tuple[str, str], ...]
+
 #: What a client with several connections calls itself on all of them, 64 characters at most: where
 #: places are few, it then counts as one. Who lies about it gains what more connections would give.
 CLIENT_METADATA = "kvcodec-client"
